@@ -1,0 +1,1 @@
+"""Data room: one Example schema, the benchmarks' loaders, prompts and encoding."""

@@ -1,0 +1,125 @@
+"""How an Example becomes text: two prompt styles, each a table of templates by task.
+
+"compact": a short line in plain words, answered with the option's own text. The embedded base is pretrained on it.
+"dllm": the instruction format of D-LLM's fine-tuning (Alpaca's wrapper around a task description), answered with
+the option's label. The wrapper is Alpaca's; the task descriptions are in our own words.
+
+The text fed to a model is always prompt + " " + continuation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qtale_lib.data.schema import Example
+from qtale_lib.errors import UserError
+
+COMPACT = {
+    "piqa": "goal : {goal} choices : {options} . answer :",
+    "boolq": "passage : {passage} question : {question} ? answer :",
+    "siqa": "context : {context} question : {question} choices : {options} . answer :",
+    "arc_easy": "question : {question} choices : {options} . answer :",
+    "arc_challenge": "question : {question} choices : {options} . answer :",
+    "winogrande": "sentence : {sentence} choices : {options} . answer :",
+    "openbookqa": "question : {question} choices : {options} . answer :",
+    "mmlu": "subject : {subject} question : {question} choices : {options} . answer :",
+    "alpaca": "instruction : {instruction} input : {input} response :",
+}
+COMPACT_WITHOUT_INPUT = "instruction : {instruction} response :"
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+# task -> (what to do and how to answer, the material, the options' labels)
+DLLM = {
+    "piqa": (
+        "Read an everyday task and its two candidate solutions, and choose the solution that works better. "
+        'Answer with "1" or "2".',
+        "Task: {goal}\n\nSolutions:\n{options}",
+        "12",
+    ),
+    "boolq": (
+        'Read a passage and decide whether the answer to the question about it is yes or no. Answer with "yes" or "no".',
+        "Passage: {passage}\n\nQuestion: {question}?",
+        ("yes", "no"),
+    ),
+    "siqa": (
+        "Read what happened to some people and choose the most plausible answer to the question about it. "
+        'Answer with "1", "2" or "3".',
+        "Context: {context}\n\nQuestion: {question}\n\nAnswers:\n{options}",
+        "123",
+    ),
+    "arc_easy": (
+        "Choose the right answer to a science question. Answer with its letter.",
+        "Question: {question}\n\nAnswers:\n{options}",
+        "ABCDE",
+    ),
+    "arc_challenge": (
+        "Choose the right answer to a science question. Answer with its letter.",
+        "Question: {question}\n\nAnswers:\n{options}",
+        "ABCDE",
+    ),
+    "winogrande": (
+        "Choose the option that the blank (_) in a sentence stands for. "
+        'Answer with "1" or "2".',
+        "Sentence: {sentence}\n\nOptions:\n{options}",
+        "12",
+    ),
+    "openbookqa": (
+        "Choose the right answer to a question that takes a science fact and common sense. Answer with its letter.",
+        "Question: {question}\n\nAnswers:\n{options}",
+        "ABCD",
+    ),
+    "mmlu": (
+        "Choose the right answer to an exam question. Answer with its letter.",
+        "Subject: {subject}\n\nQuestion: {question}\n\nAnswers:\n{options}",
+        "ABCD",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """prompt; one continuation per choice (none for alpaca); target: the right continuation, or the response."""
+
+    prompt: str
+    continuations: tuple[str, ...]
+    target: str
+
+
+def render(example: Example, style: str = "compact") -> Rendered:
+    """Text of one example in the "compact" or the "dllm" style; UserError for another style or an unknown task."""
+    if style not in STYLES:
+        raise UserError(f'There is no prompt style "{style}"; use one of {", ".join(STYLES)}.')
+    if example.task not in COMPACT:
+        raise UserError(f'There is no prompt template for task "{example.task}"; known: {", ".join(COMPACT)}.')
+    return STYLES[style](example)
+
+
+def _compact(example: Example) -> Rendered:
+    template = COMPACT[example.task] if example.fields.get("input", "-") else COMPACT_WITHOUT_INPUT
+    prompt = template.format(**example.fields, options=" ; ".join(example.choices))
+    return Rendered(prompt, example.choices, example.response)
+
+
+def _dllm(example: Example) -> Rendered:
+    if example.task == "alpaca":
+        template = ALPACA_WITH_INPUT if example.fields["input"] else ALPACA_WITHOUT_INPUT
+        return Rendered(template.format(**example.fields), (), example.response)
+    instruction, material, labels = DLLM[example.task]
+    labels = tuple(labels[: len(example.choices)])
+    options = "\n".join(f"  {label}. {choice}" for label, choice in zip(labels, example.choices, strict=True))
+    prompt = ALPACA_WITH_INPUT.format(
+        instruction=instruction, input=material.format(**example.fields, options=options)
+    )
+    return Rendered(prompt, labels, labels[example.answer])
+
+
+STYLES = {"compact": _compact, "dllm": _dllm}

@@ -1,0 +1,75 @@
+"""What a quantization did and found: kept with the model, saved, and applied again to the same float model only."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qtale_lib.errors import UserError
+
+TENSORS = ("scales", "clips")
+
+
+@dataclass
+class QuantizationReport:
+    """One quantization of one model.
+
+    `linears`: one row per linear with name, tokens, alpha, clip (mean share of the range kept) and mean square output
+    errors over the calibration tokens: `error` of what was done, `error_rtn` of round-to-nearest, and `power`, the mean
+    square output itself. `scales` [in] (by producer) and `clips` [out, in/group] (by linear) are the search result.
+    """
+
+    method: str
+    backend: str
+    bits: int
+    group_size: int
+    lm_head_bits: int
+    model_sha256: str = ""
+    calibration: dict | None = None
+    threshold: float | None = None
+    layers_without_tokens: list[int] = field(default_factory=list)
+    linears: list[dict] = field(default_factory=list)
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    clips: dict[str, Tensor] = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        """Everything but the tensors, ready for JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS}
+
+
+def model_hash(model: nn.Module) -> str:
+    """sha256 over the names, types, shapes and bytes of every tensor in the model's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_search(report: QuantizationReport, directory: str | Path) -> Path:
+    """Write search.json and search.safetensors into `directory`; returns it."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{kind}/{name}": t.cpu() for kind in TENSORS for name, t in getattr(report, kind).items()}
+    save_file(tensors, directory / "search.safetensors")
+    (directory / "search.json").write_text(json.dumps({"schema": 1, **report.as_dict()}, indent=1) + "\n")
+    return directory
+
+
+def load_search(directory: str | Path) -> QuantizationReport:
+    """The report that `save_search` wrote; UserError if there is none."""
+    directory = Path(directory)
+    if not (directory / "search.json").is_file():
+        raise UserError(f"{directory} holds no quantization search (search.json); write one with save_search.")
+    record = json.loads((directory / "search.json").read_text())
+    if record.pop("schema") != 1:
+        raise UserError(f"{directory} holds a quantization search of another version; quantize again.")
+    report = QuantizationReport(**record)
+    for key, tensor in load_file(directory / "search.safetensors").items():
+        kind, name = key.split("/", 1)
+        getattr(report, kind)[name] = tensor
+    return report

@@ -1,0 +1,170 @@
+"""What AWQ needs to know about a layer's inputs, gathered in forward passes of the float model (paper, Sec. 4).
+
+A linear layer with weight error D answers x with the error D x, so its mean square output error over the calibration
+tokens is tr(D M Dᵀ) / out with M = mean of x xᵀ: the second moment of the inputs is all a search needs, and exact.
+In a routed model a layer's tokens are those that execute it, at the model's own θ (METHOD, Quantization); padding
+never counts.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qtale_lib.errors import UserError
+
+# The linears that read one common input, named by the module whose output that input is (AWQ folds scales into it).
+READERS: dict[str, tuple[str, ...]] = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.v_proj": ("self_attn.o_proj",),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.up_proj": ("mlp.down_proj",),
+}
+PASS_BYTES = 2**30  # second moments held at once; a model that needs more is gathered in several passes
+BATCH_TOKENS = 4096
+
+
+@dataclass
+class InputStatistics:
+    """Inputs x [tokens, in] of one group of readers: mean of x xᵀ [in, in], mean of |x| [in], number of tokens."""
+
+    moment: Tensor
+    mean_abs: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """Which token rows calibrated a model: so that two quantized models can be compared honestly."""
+
+    texts: int
+    kept: int
+    dropped_empty: int
+    dropped_long: int
+    max_length: int
+    tokens: int
+    token_ids_sha256: str
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def tokenize(tokenizer, texts: Iterable[str], max_length: int) -> tuple[list[list[int]], CalibrationRecord]:
+    """Token rows of `texts`, empty and over-long ones left out and counted; UserError if none is left."""
+    rows = [list(tokenizer(text)["input_ids"]) for text in texts]
+    kept = [row for row in rows if 0 < len(row) <= max_length]
+    if not kept:
+        raise UserError(f"none of the {len(rows)} calibration texts has between 1 and {max_length} tokens; give others.")
+    digest = hashlib.sha256("\n".join(" ".join(map(str, row)) for row in kept).encode()).hexdigest()
+    empty = sum(not row for row in rows)
+    tokens = sum(map(len, kept))
+    return kept, CalibrationRecord(
+        len(rows), len(kept), empty, len(rows) - len(kept) - empty, max_length, tokens, digest
+    )
+
+
+def gather(
+    model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int], executed_only: bool = True
+) -> dict[int, dict[str, InputStatistics]]:
+    """Statistics {layer: {producer: InputStatistics}} of `layers` over token `rows` (producers: `READERS`).
+
+    `executed_only` counts, in a routed model, only the tokens that execute the layer; a layer without any has tokens 0
+    and zero moments.
+    """
+    sums: dict[tuple[int, str], InputStatistics] = {}
+    device = next(model.parameters()).device
+    with torch.no_grad(), _evaluating(model), _captured_inputs(model, layers) as captured:
+        for ids, valid in _batches(rows, device):
+            counted = _counted(model, ids, valid, executed_only)
+            for (layer, producer), inputs in captured.items():
+                _add(sums, (layer, producer), inputs[counted[layer]].float())
+            captured.clear()
+    for entry in sums.values():
+        entry.moment /= max(entry.tokens, 1)
+        entry.mean_abs /= max(entry.tokens, 1)
+    return {layer: {producer: sums[layer, producer] for producer in READERS} for layer in layers}
+
+
+def layer_blocks(model: nn.Module) -> Iterator[list[int]]:
+    """Layer indices in runs whose second moments fit in `PASS_BYTES`."""
+    layers = model.model.layers
+    widths = [layers[0].get_submodule(readers[0]).in_features for readers in READERS.values()]
+    size = max(1, PASS_BYTES // sum(4 * width**2 for width in widths))
+    for start in range(0, len(layers), size):
+        yield list(range(start, min(start + size, len(layers))))
+
+
+def is_routed(model: nn.Module) -> bool:
+    """Whether any decoder layer of `model` carries a router."""
+    return any(getattr(layer, "router", None) is not None for layer in model.model.layers)
+
+
+def _counted(model: nn.Module, ids: Tensor, valid: Tensor, executed_only: bool) -> Tensor:
+    """Run the model once; which tokens count in each layer, bool [layers, batch, tokens]."""
+    everywhere = valid.expand(len(model.model.layers), *valid.shape)
+    if not (executed_only and is_routed(model)):
+        model(input_ids=ids, attention_mask=valid.long(), use_cache=False, logits_to_keep=1)
+        return everywhere
+    from qtale_lib.adaptive import record_routes
+
+    with record_routes(model) as routes:
+        model(input_ids=ids, attention_mask=valid.long(), use_cache=False, logits_to_keep=1)
+    return everywhere & routes.executed.to(valid.device)
+
+
+def _add(sums: dict, key: tuple[int, str], inputs: Tensor) -> None:
+    moment, mean_abs, tokens = inputs.T @ inputs, inputs.abs().sum(0), len(inputs)  # inputs [tokens, in]
+    if key not in sums:
+        sums[key] = InputStatistics(moment, mean_abs, tokens)
+        return
+    sums[key].moment += moment
+    sums[key].mean_abs += mean_abs
+    sums[key].tokens += tokens
+
+
+def _batches(rows: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Right-padded (ids, valid) [batch, tokens], rows of like length together."""
+    batch: list[Sequence[int]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0]) > BATCH_TOKENS:
+            yield _pad(batch, device)
+            batch = []
+        batch.append(row)
+    yield _pad(batch, device)
+
+
+def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    valid = torch.arange(ids.shape[1]) < lengths[:, None]
+    return ids.to(device), valid.to(device)
+
+
+@contextmanager
+def _captured_inputs(model: nn.Module, layers: Sequence[int]):
+    """A dict that forward passes fill with {(layer, producer): inputs [batch, tokens, in]}."""
+    captured: dict[tuple[int, str], Tensor] = {}
+    hooks = []
+    for layer in layers:
+        for producer, readers in READERS.items():
+            linear = model.model.layers[layer].get_submodule(readers[0])
+            keep = lambda _, args, key=(layer, producer): captured.__setitem__(key, args[0])  # noqa: E731
+            hooks.append(linear.register_forward_pre_hook(keep))
+    try:
+        yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

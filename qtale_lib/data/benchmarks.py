@@ -1,0 +1,396 @@
+"""The benchmarks' original files: piqa, siqa, winogrande, arc, openbookqa, boolq, mmlu, alpaca under one data_dir.
+
+A split is what papers report: "test" is the labelled split (PIQA valid, SIQA, WinoGrande and BoolQ dev, the others'
+test); "calibration" is a seeded slice of the training file that "train" leaves out; Alpaca's "test" is cut from its
+one file in the same way. Rows that share a passage, a context or an instruction stay on one side of every cut.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from io import StringIO
+from itertools import zip_longest
+from pathlib import Path
+
+from qtale_lib.data.schema import Example
+from qtale_lib.errors import UserError
+
+SPLITS = ("train", "validation", "calibration", "test")
+CUT_SEED = 0
+CALIBRATION_ROWS = 1000  # at most; never more than a tenth of the training file
+ALPACA_TEST_ROWS = 2000
+
+Row = Mapping | list
+Located = tuple[str, Row]  # ("file, line n", row)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Examples of one split, and where they come from: files with sha256 and rows, cuts with seed and indices, notes."""
+
+    examples: list[Example]
+    source: dict
+
+
+def read_split(name: str, split: str, data_dir: str | Path) -> Loaded:
+    """Read one split of one benchmark; UserError names the file, the line and the reason when it cannot be read."""
+    benchmark, folder = BENCHMARKS.get(name), Path(data_dir) / name
+    if benchmark is None:
+        raise UserError(f'There is no task "{name}"; known: {", ".join(BENCHMARKS)}.')
+    if split not in SPLITS:
+        raise UserError(f'There is no split "{split}"; use one of {", ".join(SPLITS)}.')
+    source_split = split if split in benchmark.files else _cut_from(name, split, benchmark)
+    path = _find(folder, benchmark.files[source_split], name, split)
+    examples = _read(name, path, benchmark)
+    source = _describe(name, path, folder, examples)
+    cuts = _cuts(name, examples, benchmark) if source_split == "train" else {}
+    if not cuts:
+        return Loaded(examples, source)
+    source["cuts"] = {"seed": CUT_SEED, **cuts}
+    return Loaded([examples[i] for i in _kept(split, len(examples), cuts)], source)
+
+
+def _cut_from(name: str, split: str, benchmark: Benchmark) -> str:
+    if split == "validation":
+        raise UserError(f"{name} has no labelled validation file of its own; use calibration rows cut from train.")
+    assert split == "calibration" or split in benchmark.cut
+    return "train"
+
+
+def _find(folder: Path, patterns: tuple[str, ...], name: str, split: str) -> Path:
+    """The largest match of the first pattern that matches anything."""
+    for pattern in patterns:
+        found = sorted(folder.glob(pattern), key=_bytes)
+        if found:
+            return found[-1]
+    raise UserError(
+        f"{name}, {split}: no file {' or '.join(patterns)} in {folder}; put the benchmark's original file there."
+    )
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.csv")) if path.is_dir() else [path]
+
+
+def _read(name: str, path: Path, benchmark: Benchmark) -> list[Example]:
+    examples = []
+    for place, row in benchmark.read(path):
+        try:
+            parts = benchmark.parse(row)
+            examples.append(Example(id=parts.pop("id", f"{name}/{path.stem}/{len(examples)}"), task=name, **parts))
+        except KeyError as error:
+            raise UserError(f"{place}: the key {error} is missing; restore the original file.") from error
+        except (TypeError, ValueError, IndexError) as error:
+            raise UserError(f"{place}: {error}; restore the original file.") from error
+    if not examples:
+        raise UserError(f"{path} holds no rows; restore the original file.")
+    return examples
+
+
+def _describe(name: str, path: Path, folder: Path, examples: list[Example]) -> dict:
+    relative, rows = str(path.relative_to(folder)), len(examples)
+    digest = hashlib.sha256()
+    for file in _files(path):
+        digest.update(file.read_bytes())
+    notes = [NOTES[name, relative]] if (name, relative) in NOTES else []
+    published = ROWS.get((name, relative))
+    if published not in (None, rows):
+        notes.append(f"{relative} has {rows} rows; the published file has {published}")
+        warnings.warn(f"{name}: {notes[-1]}.", stacklevel=3)
+    return {"task": name, "file": relative, "sha256": digest.hexdigest(), "rows": rows, "notes": notes}
+
+
+# Cuts: which rows of the training file serve another split.
+
+
+def _cuts(name: str, examples: list[Example], benchmark: Benchmark) -> dict[str, list[int]]:
+    """split -> row indices, disjoint in groups; the same for the same file, seeded by task and split."""
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(benchmark.group(example), []).append(index)
+    sizes = {**benchmark.cut, "calibration": CALIBRATION_ROWS}
+    cuts = {}
+    for split, size in sizes.items():
+        names = list(groups)
+        random.Random(f"{CUT_SEED} {name} {split}").shuffle(names)
+        wanted, taken = min(size, len(examples) // 10), []
+        while len(taken) < wanted:
+            taken += groups.pop(names.pop())
+        cuts[split] = sorted(taken)
+    return cuts
+
+
+def _kept(split: str, rows: int, cuts: dict[str, list[int]]) -> list[int]:
+    if split in cuts:
+        return cuts[split]
+    gone = {index for indices in cuts.values() for index in indices}
+    return [index for index in range(rows) if index not in gone]
+
+
+# Readers: a path -> (place, row) pairs.
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}); restore the original file.") from error
+
+
+def _lines(path: Path) -> list[str]:
+    return _text(path).rstrip("\n").split("\n")
+
+
+def _jsonl(path: Path) -> Iterator[Located]:
+    for number, line in enumerate(_lines(path), start=1):
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{place}: damaged JSON ({error.msg}); restore the original file.") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: not a JSON object; restore the original file.")
+        yield place, row
+
+
+def _jsonl_with_labels(path: Path) -> Iterator[Located]:
+    """Rows of x.jsonl, each with key "label" from the same line of x-labels.lst."""
+    labels_path = path.with_name(f"{path.stem}-labels.lst")
+    if not labels_path.exists():
+        raise UserError(f"{labels_path} is missing; put the benchmark's label file beside {path.name}.")
+    rows, labels = list(_jsonl(path)), _lines(labels_path)
+    for number, (located, label) in enumerate(zip_longest(rows, labels), start=1):
+        if located is None or label is None:
+            raise UserError(
+                f"{labels_path}, line {number}: {len(labels)} labels for the {len(rows)} rows of {path.name}; "
+                "restore the original files."
+            )
+        if not label.strip().isdigit():
+            raise UserError(f'{labels_path}, line {number}: label "{label}" is not a number; restore the original file.')
+        yield f"{located[0]} (label in {labels_path.name})", {**located[1], "label": int(label)}
+
+
+def _json_array(path: Path) -> Iterator[Located]:
+    """Rows of one JSON array, each with the line on which it starts."""
+    text, decoder, line, counted = _text(path), json.JSONDecoder(), 1, 0
+    mark = re.compile(r"\s*\[\s*").match(text)
+    while mark and mark[0].strip() != "]":
+        line, counted = line + text.count("\n", counted, mark.end()), mark.end()
+        try:
+            row, end = decoder.raw_decode(text, mark.end())
+        except json.JSONDecodeError as error:
+            reason = f"damaged JSON ({error.msg}); restore the original file."
+            raise UserError(f"{path}, line {error.lineno}: {reason}") from error
+        yield f"{path}, line {line}", row
+        mark = re.compile(r"\s*[],]\s*").match(text, end)
+    if not mark:
+        raise UserError(f"{path}, line {text.count(chr(10)) + 1}: not a whole JSON array; restore the original file.")
+
+
+def _csv_folder(path: Path) -> Iterator[Located]:
+    """Rows of every headerless csv of a folder, as [subject, cell, cell, ...]."""
+    for file in _files(path):
+        subject = re.sub("_(dev|val|test)$", "", file.stem).replace("_", " ")
+        reader = csv.reader(StringIO(_text(file), newline=""), strict=True)
+        try:
+            for cells in reader:
+                yield f"{file}, line {reader.line_num}", [subject, *cells]
+        except csv.Error as error:
+            raise UserError(f"{file}, line {reader.line_num}: {error}; restore the original file.") from error
+
+
+# Parsers: a row -> the parts of an Example. KeyError, TypeError and ValueError are told with the row's place.
+
+
+def _texts(row: Mapping, **keys: str) -> dict[str, str]:
+    """{new name: row[key]}, each checked to be text."""
+    texts = {name: row[key] for name, key in keys.items()}
+    for name, key in keys.items():
+        if not isinstance(texts[name], str):
+            raise TypeError(f'"{key}" is not text')
+    return texts
+
+
+def _choices(row: Mapping, *keys: str) -> tuple[str, ...]:
+    return tuple(_texts(row, **{key: key for key in keys}).values())
+
+
+def _options(options: list[Mapping]) -> tuple[str, ...]:
+    return tuple(_texts(option, text="text")["text"] for option in options)
+
+
+def _label(label: object, labels: tuple | list) -> int:
+    if label not in labels:
+        raise ValueError(f"label {label!r} is not one of {', '.join(map(str, labels))}")
+    return list(labels).index(label)
+
+
+def _piqa(row: Mapping) -> dict:
+    answer = _label(row["label"], (0, 1))
+    return {"fields": _texts(row, goal="goal"), "choices": _choices(row, "sol1", "sol2"), "answer": answer}
+
+
+def _siqa(row: Mapping) -> dict:
+    return {
+        "fields": _texts(row, context="context", question="question"),
+        "choices": _choices(row, "answerA", "answerB", "answerC"),
+        "answer": _label(row["label"], (1, 2, 3)),
+    }
+
+
+def _boolq(row: Mapping) -> dict:
+    answer = _label(row["answer"], (True, False))
+    return {
+        "fields": _texts(row, passage="passage", question="question"),
+        "choices": ("yes", "no"),
+        "answer": answer,
+    }
+
+
+def _winogrande(row: Mapping) -> dict:
+    fields = _texts(row, sentence="sentence")
+    if fields["sentence"].count("_") != 1:
+        raise ValueError('the sentence has not exactly one "_"')
+    return {
+        "id": row["qID"],
+        "fields": fields,
+        "choices": _choices(row, "option1", "option2"),
+        "answer": _label(row["answer"], ("1", "2")),
+    }
+
+
+def _arc(row: Mapping) -> dict:
+    """Three to five choices, labelled A–E or 1–5."""
+    texts, labels = row["choices"]["text"], row["choices"]["label"]
+    if len(texts) != len(labels):
+        raise ValueError(f"{len(texts)} choices but {len(labels)} labels")
+    options = [{"text": text} for text in texts]
+    return {
+        "id": row["id"],
+        "fields": _texts(row, question="question"),
+        "choices": _options(options),
+        "answer": _label(row["answerKey"], labels),
+    }
+
+
+def _openbookqa(row: Mapping) -> dict:
+    options = row["question"]["choices"]
+    return {
+        "id": row["id"],
+        "fields": _texts(row["question"], question="stem"),
+        "choices": _options(options),
+        "answer": _label(row["answerKey"], [option["label"] for option in options]),
+    }
+
+
+def _mmlu(cells: list[str]) -> dict:
+    if len(cells) != 7:
+        raise ValueError(f"{len(cells) - 1} columns where question, four choices and the answer make 6")
+    subject, question, *choices, answer = cells
+    return {
+        "fields": {"subject": subject, "question": question},
+        "choices": tuple(choices),
+        "answer": _label(answer, ("A", "B", "C", "D")),
+    }
+
+
+def _alpaca(row: Mapping) -> dict:
+    fields = _texts(row, instruction="instruction", input="input")
+    return {"fields": fields, "response": _texts(row, output="output")["output"]}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """files: split -> file patterns, the first that matches is taken; group: what may not straddle a cut."""
+
+    files: Mapping[str, tuple[str, ...]]
+    read: Callable[[Path], Iterator[Located]]
+    parse: Callable[[Row], dict]
+    group: Callable[[Example], str]
+    cut: Mapping[str, int] = field(default_factory=dict)
+
+
+def _by(*names: str) -> Callable[[Example], str]:
+    return lambda example: " ".join(example.fields[name] for name in names)
+
+
+_ARC_FILES = {"train": ("train.jsonl",), "validation": ("validation.jsonl",), "test": ("test.jsonl",)}
+BENCHMARKS = {
+    "piqa": Benchmark(
+        {"train": ("train.jsonl",), "test": ("valid.jsonl",)}, _jsonl_with_labels, _piqa, _by("goal")
+    ),
+    "boolq": Benchmark({"train": ("train.jsonl",), "test": ("dev.jsonl",)}, _jsonl, _boolq, _by("passage")),
+    "siqa": Benchmark(
+        {"train": ("train.jsonl",), "test": ("dev.jsonl",)}, _jsonl_with_labels, _siqa, _by("context")
+    ),
+    "arc_easy": Benchmark(_ARC_FILES, _jsonl, _arc, _by("question")),
+    "arc_challenge": Benchmark(_ARC_FILES, _jsonl, _arc, _by("question")),
+    "winogrande": Benchmark(
+        {"train": ("train_[xsml]*.jsonl",), "test": ("dev.jsonl",)},
+        _jsonl,
+        _winogrande,
+        lambda example: example.id.rsplit("-", 1)[0],  # twin sentences share a qID up to its last number
+    ),
+    "openbookqa": Benchmark(
+        {"train": ("train.jsonl",), "validation": ("dev.jsonl",), "test": ("test.jsonl",)},
+        _jsonl,
+        _openbookqa,
+        _by("question"),
+    ),
+    "mmlu": Benchmark(
+        {"train": ("auxiliary_train", "dev"), "validation": ("val",), "test": ("test",)},
+        _csv_folder,
+        _mmlu,
+        _by("subject", "question"),
+    ),
+    "alpaca": Benchmark(
+        {"train": ("train.json", "alpaca_data.json")},
+        _json_array,
+        _alpaca,
+        _by("instruction"),
+        cut={"test": ALPACA_TEST_ROWS},
+    ),
+}
+
+NOTES = {("mmlu", "dev"): "auxiliary_train is not there: mmlu trains on its dev questions"}
+
+# Rows of the published files, by (task, file); another count is a warning and a note, not an error.
+ROWS = {
+    ("piqa", "train.jsonl"): 16113,
+    ("piqa", "valid.jsonl"): 1838,
+    ("boolq", "train.jsonl"): 9427,
+    ("boolq", "dev.jsonl"): 3270,
+    ("siqa", "train.jsonl"): 33410,
+    ("siqa", "dev.jsonl"): 1954,
+    ("arc_easy", "train.jsonl"): 2251,
+    ("arc_easy", "validation.jsonl"): 570,
+    ("arc_easy", "test.jsonl"): 2376,
+    ("arc_challenge", "train.jsonl"): 1119,
+    ("arc_challenge", "validation.jsonl"): 299,
+    ("arc_challenge", "test.jsonl"): 1172,
+    ("winogrande", "train_s.jsonl"): 640,
+    ("winogrande", "train_m.jsonl"): 2558,
+    ("winogrande", "train_l.jsonl"): 10234,
+    ("winogrande", "train_xl.jsonl"): 40398,
+    ("winogrande", "dev.jsonl"): 1267,
+    ("openbookqa", "train.jsonl"): 4957,
+    ("openbookqa", "dev.jsonl"): 500,
+    ("openbookqa", "test.jsonl"): 500,
+    ("mmlu", "auxiliary_train"): 99842,
+    ("mmlu", "dev"): 285,
+    ("mmlu", "val"): 1531,
+    ("mmlu", "test"): 14042,
+    ("alpaca", "train.json"): 52002,
+}

@@ -1,7 +1,7 @@
-"""QTALE: quantization-robust token-adaptive layer execution (Noh, Choi and Kim, arXiv 2602.10431), reproduced.
+"""Quantization-robust token-adaptive layer execution: QTALE (Noh, Choi and Kim, arXiv 2602.10431).
 
-The names below are the stable public API. Each is imported when it is first asked for, so that ``import qtale_lib``
-is quick and needs no torch:
+The names below are the stable public API. Each is imported when it is first asked for, so that
+``import qtale_lib`` is quick and needs no torch:
 
     >>> import qtale_lib
     >>> model = qtale_lib.add_routers(model, qtale_lib.RouterConfig())

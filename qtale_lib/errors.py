@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause and cure; the command line prints its sentence and no traceback."""
+"""The exception for what a user can cause and cure; the command line prints its sentence, no traceback."""
 
 
 class UserError(Exception):

@@ -1,0 +1,99 @@
+"""Attention in which a key counts only where its token executed the layer, with a gradient to that decision.
+
+Training computes every layer for every token (QTALE Sec. 3.1, after D-LLM). A bypassed token must leave no key there, yet
+its gate must learn what its key would have changed. D-LLM multiplies the attention weights by the keep mask and
+renormalises; this is the same in log-sum form, so that the values are those of additive -inf masking.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# D-LLM adds 1e-6 to the sum over kept keys, which bounds the pull of an evicted key at 1e6; we leave the sum exact and
+# bound the pull alone: kept keys never reach it.
+MAX_LOG_REACH = math.log(1e6)
+
+
+class _GatedAttention(torch.autograd.Function):
+    """softmax over kept keys, times values; hand-written because autograd's graph of it dominates small CPU runs."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, keep: Tensor, scaling: float) -> Tensor:
+        batch, heads, length, width = query.shape
+        groups = heads // key.shape[1]
+        query = query.reshape(batch, key.shape[1], groups * length, width) * scaling  # [B, KV, G*T, D]
+        scores = query @ key.transpose(-1, -2)  # [B, KV, G*T, K]
+        scores = scores.float() if scores.dtype.itemsize < 4 else scores
+        by_query = scores.view(batch, key.shape[1], groups, length, -1)
+        by_query += mask[:, :, None]
+        keep = keep.to(scores.dtype)[:, None, None]  # [B, 1, 1, K]
+        kept = scores.masked_fill(keep == 0, torch.finfo(scores.dtype).min)
+        # reach: the weight of every key against the sum over kept ones; for kept keys that is the attention
+        reach = scores.sub_(kept.logsumexp(-1, keepdim=True)).clamp_(max=MAX_LOG_REACH).exp_()
+        attention = (reach * keep).to(value.dtype)
+        ctx.save_for_backward(query, key, value, reach, keep, attention)
+        ctx.scaling = scaling
+        return (attention @ value).view(batch, heads, length, width)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        query, key, value, reach, keep, attention = ctx.saved_tensors
+        shape, grad = grad.shape, grad.reshape(query.shape)
+        grad_value = attention.transpose(-1, -2) @ grad
+        pull = (grad @ value.transpose(-1, -2)).to(reach.dtype)
+        pull = pull.sub_((pull * attention).sum(-1, keepdim=True)).mul_(reach)
+        grad_keep = pull.sum((1, 2))
+        grad_scores = pull.mul_(keep).to(query.dtype)
+        grad_query = (grad_scores @ key).mul_(ctx.scaling).view(shape)
+        grad_key = grad_scores.transpose(-1, -2) @ query
+        return grad_query, grad_key, grad_value, None, grad_keep, None
+
+
+def gated_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    *,
+    keep: Tensor,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers attention function that counts a key by its token's gate.
+
+    Args:
+        query: [B, heads, T, D]; key, value: [B, key-value heads, T, D].
+        attention_mask: additive, [B or 1, 1, T, T].
+        keep: hard gate of each key, exactly 0 or 1, [B, T]. It gets its gradient also where it is 0.
+    Returns:
+        ([B, T, heads, D], None). A query with no kept key in sight (only a bypassed token's own, under a sliding
+        window) gets finite values of no meaning; the layer drops them.
+    Raises:
+        NotImplementedError: for attention dropout.
+    """
+    if dropout:
+        raise NotImplementedError("routed training has no attention dropout: set attention_dropout to 0")
+    output = _GatedAttention.apply(query, key, value, attention_mask, keep, scaling)
+    return output.transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("qtale_gated", gated_attention)
+_GATED = SimpleNamespace(_attn_implementation="qtale_gated")
+
+
+@contextmanager
+def gated(attention: nn.Module) -> Iterator[None]:
+    """Let one attention module use `gated_attention` meanwhile; its neighbours share its config and must not."""
+    config, attention.config = attention.config, _GATED
+    try:
+        yield
+    finally:
+        attention.config = config

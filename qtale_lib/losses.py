@@ -1,0 +1,72 @@
+"""The losses on routes: execution rate and entropy (QTALE Eq. 4, 7, 8), after D-LLM's code where the paper is silent."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def counted_tokens(valid: Tensor, reserved: int = 2) -> Tensor:
+    """The tokens that the rate and entropy losses see (D-LLM).
+
+    Left out: padding, the first `reserved` tokens and the last token of each sequence.
+
+    Args:
+        valid: bool [B, T], False on padding (left or right).
+    Returns:
+        bool [B, T].
+    """
+    index = valid.cumsum(-1) - 1
+    last = valid.sum(-1, keepdim=True) - 1
+    return valid & (index >= reserved) & (index < last)
+
+
+def rate_loss(
+    gates: Tensor, counted: Tensor, target: float, kind: Literal["per_token", "mean"] = "per_token"
+) -> Tensor:
+    """Distance of the execution rate from its target.
+
+    Args:
+        gates: [L, B, T], 1 where a token executes a layer, over all decoder layers (always-run ones are 1).
+        counted: bool [B, T] of `counted_tokens`.
+        kind: "per_token", D-LLM's code: mean over tokens of |mean over layers - target|; "mean", Eq. 4 as printed:
+            |mean over tokens and layers - target|.
+    Returns:
+        scalar; 0 if no token counts.
+    """
+    per_token = gates.mean(0)  # [B, T]
+    if kind == "mean":
+        return (masked_mean(per_token, counted) - target * counted.any()).abs()
+    if kind == "per_token":
+        return masked_mean((per_token - target).abs(), counted)
+    raise ValueError(f'rate loss {kind!r} is neither "per_token" nor "mean"')
+
+
+def entropy_loss(soft: Tensor, counted: Tensor) -> Tensor:
+    """Mean entropy of the soft Gumbel samples (Eq. 7), at most log 2; it is subtracted from the total (Eq. 8).
+
+    Args:
+        soft: b-tilde of Eq. 6, [routed layers, B, T, 2].
+        counted: bool [B, T] of `counted_tokens`.
+    Returns:
+        scalar, in nats; 0 if no token counts.
+    """
+    # entr has an infinite slope at 0, which softmax's zero slope there would turn into NaN
+    entropy = torch.special.entr(soft.clamp_min(torch.finfo(soft.dtype).tiny)).sum(-1)
+    return masked_mean(entropy.mean(0), counted)
+
+
+def lambda1_at(progress: float, lambda1: float) -> float:
+    """Weight of the rate loss at `progress` = epochs done / all epochs, in [0, 1]: λ1 · sin(π/2 · progress)."""
+    return lambda1 * math.sin(math.pi / 2 * progress)
+
+
+def total_loss(ce: Tensor, rate: Tensor, entropy: Tensor, lambda1: float, lambda2: float) -> Tensor:
+    """CE + λ1 · L_rate - λ2 · L_entropy (Eq. 8); `lambda1` is the ramped one."""
+    return ce + lambda1 * rate - lambda2 * entropy
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask` is True; 0 if it is nowhere."""
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)

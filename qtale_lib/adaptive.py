@@ -1,20 +1,23 @@
-"""Routers in a Hugging Face decoder: attach them, run them, record their decisions.
+"""Routers in a Hugging Face causal model: attach them, set θ, record their decisions, save and load.
 
-QTALE Sec. 3.1 and 3.4, after D-LLM. Each routed decoder layer becomes an instance of a subclass of its own class, so the
-base model keeps its parameter names and gains `...layers.{i}.router.*`. This is the dense execution: every layer is computed
-for every token, then the decisions say what counts. In training they are Gumbel samples, in evaluation the rule of θ.
+QTALE Sec. 3.1 and 3.4, after D-LLM. The base model keeps its parameter names and gains
+`...layers.{i}.router.*`.
 """
 
-import functools
-import inspect
+import hashlib
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    DynamicCache,
+    AutoModelForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
     PreTrainedModel,
@@ -23,144 +26,10 @@ from transformers import (
 )
 
 from qtale_lib.errors import UserError
-from qtale_lib.gated_attention import gated
-from qtale_lib.kv_cache import track_evictions
-from qtale_lib.routing import EXECUTE, Router, decide, gumbel, gumbel_softmax, threshold_shift
+from qtale_lib.routed_layers import ForwardPass, RouterConfig, RoutingState, routed_class, start_pass
+from qtale_lib.routing import Router, threshold_shift
 
 SUPPORTED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """Shape and start of the routers.
-
-    hidden: router width; None is d/8 (512 at d 4096, as D-LLM).
-    always_run_layers, always_run_tokens: the first layers, and the first tokens of every sequence, that always run.
-    tau: Gumbel-Softmax temperature in training.
-    bypass_bias, execute_bias: start of the last bias.
-    """
-
-    hidden: int | None = None
-    always_run_layers: int = 2
-    always_run_tokens: int = 2
-    tau: float = 1.0
-    bypass_bias: float = 0.1
-    execute_bias: float = 2.0
-
-    def __post_init__(self):
-        for name, least in (("hidden", 1), ("always_run_layers", 0), ("always_run_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"RouterConfig.{name} is {value}: it must be at least {least}.")
-        if self.tau <= 0:
-            raise UserError(f"RouterConfig.tau is {self.tau}: it must be above 0.")
-
-
-class RoutingState:
-    """What a routed model remembers between forward passes; it lives on the inner decoder as `.routing`."""
-
-    def __init__(self, config: RouterConfig, n_layers: int):
-        self.config, self.n_layers = config, n_layers
-        self.routed_layers = list(range(config.always_run_layers, n_layers))
-        self.theta = 0.5
-        self.generator: torch.Generator | None = None
-        self.recorder: Routes | None = None
-
-
-class ForwardPass:
-    """What the layers of one forward pass share; it travels to them as the keyword `routing`.
-
-    valid: bool [B, T], False on padding. always: bool [B, T], True on reserved tokens and on padding (whose keys the
-    attention mask hides). past: number of cached tokens before these.
-    """
-
-    def __init__(self, state: RoutingState, seen: Tensor, past: int, cache: DynamicCache | None):
-        self.state, self.past, self.cache = state, past, cache
-        self.valid = seen[:, past:]
-        self.always = ~self.valid | (seen.cumsum(1)[:, past:] <= state.config.always_run_tokens)
-        self.noise: Tensor | None = None
-        self.logits, self.gates, self.soft, self.executed = {}, {}, {}, {}
-        self._masks = {}
-
-    def sample(self, layer: int, logits: Tensor) -> Tensor:
-        """Training: the straight-through execute gate of Eq. 5, 6, exactly 0 or 1. [B, T, 2] -> [B, T]."""
-        if self.noise is None:  # all layers' noise at once: drawing is a large part of a small model's overhead
-            shape = (len(self.state.routed_layers), *logits.shape)
-            self.noise = gumbel(shape, self.state.generator, logits.device, logits.dtype)
-        noise = self.noise[layer - self.state.config.always_run_layers]
-        hard, soft = gumbel_softmax(logits, noise, self.state.config.tau)
-        gate = hard[..., EXECUTE].masked_fill(self.always, 1.0)
-        if self.state.recorder is not None:
-            self.logits[layer], self.gates[layer], self.soft[layer] = logits.detach(), gate, soft
-            self.executed[layer] = (gate.detach() > 0) & self.valid
-        return gate
-
-    def decide(self, layer: int, logits: Tensor) -> Tensor:
-        """Evaluation: the rule of θ (Eq. 9). [B, T, 2] -> bool [B, T]."""
-        executed = decide(logits, self.state.theta) | self.always
-        if self.state.recorder is not None:
-            self.logits[layer], self.executed[layer] = logits.detach(), executed & self.valid
-        return executed
-
-    def kept_keys(self, layer: int, executed: Tensor) -> Tensor:
-        """Which keys this layer's queries may see, cached ones first. bool [B, T] -> bool [B, K]."""
-        return executed if self.cache is None else self.cache.layers[layer].extend(executed)
-
-    def additive_mask(self, mask: Tensor | None, like: Tensor) -> Tensor:
-        """The attention mask a layer was given, in additive form [B or 1, 1, T, K]; None stands for plain causal."""
-        if id(mask) not in self._masks:
-            self._masks[id(mask)] = (mask, self._build_mask(mask, like))
-        return self._masks[id(mask)][1]
-
-    def _build_mask(self, mask: Tensor | None, like: Tensor) -> Tensor:
-        if mask is None:
-            length = like.shape[1]
-            mask = torch.ones(length, self.past + length, dtype=torch.bool, device=like.device)
-            mask = mask.tril(self.past)[None, None]
-        if mask.dtype != torch.bool:
-            return mask
-        return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, torch.finfo(like.dtype).min)
-
-
-class RoutedLayer:
-    """Mixin over a decoder layer class: the layer runs where its router says so.
-
-    The router reads the raw residual stream, before the layer's norm.
-    """
-
-    router: Router
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, routing: ForwardPass, **kwargs
-    ) -> Tensor:
-        """Hidden states [B, T, d] -> [B, T, d]."""
-        layer = self.self_attn.layer_idx
-        logits = self.router(hidden_states)
-        mask = routing.additive_mask(attention_mask, hidden_states)
-        if self.training:
-            run = functools.partial(self._run_gated, attention_mask=mask, **kwargs)
-            if self.gradient_checkpointing:  # the gate enters from outside, so a second run sees the same noise
-                run = functools.partial(self._gradient_checkpointing_func, run)
-            return run(hidden_states, routing.sample(layer, logits))
-        executed = routing.decide(layer, logits)
-        kept = routing.kept_keys(layer, executed)
-        mask = mask.masked_fill(~kept[:, None, None], torch.finfo(mask.dtype).min)
-        output = super().forward(hidden_states, attention_mask=mask, **kwargs)
-        return torch.where(executed[..., None], output, hidden_states)
-
-    def _run_gated(self, hidden_states: Tensor, gate: Tensor, **kwargs) -> Tensor:
-        """b · layer(x) + (1 - b) · x with keys gated by b; both ends of lerp are exact."""
-        with gated(self.self_attn):
-            output = super().forward(hidden_states, keep=gate, **kwargs)
-        return torch.lerp(hidden_states, output, gate[..., None].to(output.dtype))
-
-
-@functools.cache
-def _routed_class(layer_class: type) -> type:
-    routed = type(f"Routed{layer_class.__name__}", (RoutedLayer, layer_class), {})
-    # transformers wraps the forward of each new layer class for gradient checkpointing; RoutedLayer does its own
-    del routed.forward
-    return routed
 
 
 def add_routers(model: nn.Module, config: RouterConfig | None = None) -> nn.Module:
@@ -178,18 +47,20 @@ def add_routers(model: nn.Module, config: RouterConfig | None = None) -> nn.Modu
     if hasattr(decoder, "routing"):
         raise UserError("This model has routers already: start again from the base model.")
     if config.always_run_layers >= len(layers):
-        raise UserError(f"All {len(layers)} layers always run with always_run_layers {config.always_run_layers}: lower it.")
+        raise UserError(
+            f"always_run_layers {config.always_run_layers} leaves none of {len(layers)} to route: lower it."
+        )
     decoder.routing = RoutingState(config, len(layers))
     for layer in list(layers)[config.always_run_layers :]:
         _add_router(layer, decoder.config.hidden_size, config)
-    decoder.register_forward_pre_hook(_start_pass, with_kwargs=True)
+    decoder.register_forward_pre_hook(start_pass, with_kwargs=True)
     return model
 
 
 def _add_router(layer: nn.Module, d: int, config: RouterConfig) -> None:
     router = Router(d, config.hidden or max(1, d // 8), config.execute_bias, config.bypass_bias)
     layer.router = router.to(next(layer.parameters()).device)
-    layer.__class__ = _routed_class(type(layer))
+    layer.__class__ = routed_class(type(layer))
 
 
 def _find_decoder(model: nn.Module) -> PreTrainedModel:
@@ -201,58 +72,16 @@ def _find_decoder(model: nn.Module) -> PreTrainedModel:
     raise UserError(f"Routers cannot be added to a {type(model).__name__}: use one of {names}.")
 
 
-def _start_pass(decoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of the decoder: work out what its layers must know of this pass."""
-    kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
-    if decoder.training:
-        cache = _no_cache(kwargs)
-    else:
-        cache = _tracked_cache(decoder, kwargs)
-    past = cache.get_seq_length() if cache is not None else 0
-    seen = _seen_tokens(kwargs, past)
-    routing = ForwardPass(decoder.routing, seen, past, cache)
-    if decoder.routing.recorder is not None:
-        decoder.routing.recorder.add(routing)
-    return (), kwargs | {"routing": routing}
-
-
-def _no_cache(kwargs: dict) -> None:
-    if kwargs.get("past_key_values") is not None:
-        raise NotImplementedError("a routed model in training mode takes no cache: call model.eval() to generate")
-    kwargs["use_cache"] = False
-
-
-def _tracked_cache(decoder: PreTrainedModel, kwargs: dict) -> DynamicCache | None:
-    cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
-    if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
-        cache = kwargs["past_key_values"] = DynamicCache()
-    if cache is not None:
-        track_evictions(cache, decoder.routing.n_layers)
-    return cache
-
-
-def _seen_tokens(kwargs: dict, past: int) -> Tensor:
-    """Non-padding mask of the cached tokens and these, bool [B, past + T]."""
-    tokens = kwargs.get("input_ids")
-    tokens = kwargs["inputs_embeds"] if tokens is None else tokens
-    mask = kwargs.get("attention_mask")
-    if mask is None:
-        return torch.ones(tokens.shape[0], past + tokens.shape[1], dtype=torch.bool, device=tokens.device)
-    if not isinstance(mask, Tensor) or mask.shape != (tokens.shape[0], past + tokens.shape[1]):
-        raise UserError("A routed model needs a 2-D attention mask over all tokens so far, or none at all.")
-    return mask.bool()
-
-
 def routing_state(model: nn.Module) -> RoutingState:
     """The routing state of a routed model, bare or inside peft.
 
     Raises:
         UserError: if the model has no routers.
     """
-    for module in model.modules():
-        if isinstance(getattr(module, "routing", None), RoutingState):
-            return module.routing
-    raise UserError("This model has no routers: call add_routers first.")
+    state = _state_or_none(model)
+    if state is None:
+        raise UserError("This model has no routers: call add_routers first.")
+    return state
 
 
 def set_threshold(model: nn.Module, theta: float) -> None:
@@ -271,7 +100,11 @@ def set_noise(model: nn.Module, generator: torch.Generator | None) -> None:
 
 
 def set_execution(model: nn.Module, mode: str) -> None:
-    """Choose how evaluation runs: "dense" computes every layer and applies the decisions; "skip" is not there yet."""
+    """Choose how evaluation runs: "dense" computes every layer and applies the decisions.
+
+    Raises:
+        NotImplementedError: for "skip", which is not there yet.
+    """
     routing_state(model)
     if mode == "skip":
         raise NotImplementedError('skipping execution is not there yet: use set_execution(model, "dense")')
@@ -308,7 +141,9 @@ class Routes:
 
     @property
     def logits(self) -> Tensor:
-        return self._join("logits", lambda p: p.valid.new_full((*p.valid.shape, 2), torch.nan, dtype=torch.float32))
+        return self._join(
+            "logits", lambda p: torch.full((*p.valid.shape, 2), torch.nan, device=p.valid.device)
+        )
 
     @property
     def gates(self) -> Tensor:
@@ -346,3 +181,150 @@ def record_routes(model: nn.Module) -> Iterator[Routes]:
         yield state.recorder
     finally:
         state.recorder = outer
+
+
+RECORD, ROUTERS, ADAPTER = "routed.json", "routers.safetensors", "adapter_model.safetensors"
+
+
+def save_routed(model: nn.Module, directory: str | Path, base: str | None = None) -> None:
+    """Save a model with its routers, θ and RouterConfig, as safetensors and JSON; `load_routed` rebuilds it.
+
+    A peft model with unmerged LoRA is saved without its base: LoRA, routers, and the base's name and sha256.
+    Any other is saved whole, as a Hugging Face folder. A model without routers ("full") goes the same way.
+
+    Args:
+        base: name of the base for `resolve_base`; None takes the one that the model was loaded from.
+    Raises:
+        UserError: for an adapter that is merged in place or no plain LoRA, or a base without a name.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = _state_or_none(model)
+    record = {"format": 1, "adapter": isinstance(model, PeftModel), "threshold": None, "routers": None}
+    if state is not None:
+        record |= {"threshold": state.theta, "routers": asdict(state.config)}
+        save_file(_contiguous(_router_tensors(model)), directory / ROUTERS)
+    if isinstance(model, PeftModel):
+        record["base"] = _save_adapter(model, directory, base)
+    else:
+        own = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
+        model.save_pretrained(directory, state_dict=own)
+    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def load_routed(directory: str | Path) -> nn.Module:
+    """Rebuild what `save_routed` saved, in evaluation mode on the CPU; the base is found by its name.
+
+    Raises:
+        UserError: if the folder holds no such model, tensors are missing or left over, or the base differs.
+    """
+    directory = Path(directory)
+    try:
+        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory} holds no {RECORD}: point at a folder written by save_routed.") from None
+    model = _load_base(record["base"]) if record["adapter"] else _load_whole(directory)
+    if record["routers"] is not None:
+        add_routers(model, RouterConfig(**record["routers"]))
+        set_threshold(model, record["threshold"])
+        routers = _read_strictly(directory / ROUTERS, _router_tensors(model))
+        model.load_state_dict(routers, strict=False)  # strict already: the names were compared
+    if record["adapter"]:
+        model = get_peft_model(model, PeftConfig.from_pretrained(directory))
+        set_peft_model_state_dict(model, _read_strictly(directory / ADAPTER, _lora_tensors(model)))
+    return model.eval()
+
+
+def resolve_base(name: str) -> str:
+    """Where a base lies: "microworld" is embedded; else a path, a name in $QTALE_MODELS_DIR, a hub id."""
+    if name == "microworld":
+        from qtale_lib.data.microworld import base_directory
+
+        return str(base_directory())
+    shared = Path(os.environ.get("QTALE_MODELS_DIR", ".")) / name
+    return str(shared) if not Path(name).exists() and shared.exists() else name
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 of the base's parameters (names, types, shapes, bytes); LoRA, routers, peft's names left out."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted((_base_name(name), p) for name, p in model.named_parameters()):
+        if "lora_" not in name and ".router." not in name:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _base_name(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _save_adapter(model: PeftModel, directory: Path, base: str | None) -> dict[str, str]:
+    config = model.peft_config.get("default")
+    if config is None or config.peft_type != "LORA" or config.bias != "none" or config.modules_to_save:
+        raise UserError("Only one plain LoRA adapter (no biases, no modules_to_save) can be saved.")
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise UserError("The LoRA adapter is merged in place: call merge_and_unload before saving.")
+    name = base or model.get_base_model().config.name_or_path
+    if not name:
+        raise UserError("The base model has no name to find it by: pass base= to save_routed.")
+    config.save_pretrained(directory)
+    save_file(_contiguous(_lora_tensors(model)), directory / ADAPTER)
+    dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+    return {"name": name, "dtype": dtype, "sha256": weights_digest(model)}
+
+
+def _load_base(base: dict[str, str]) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_base(base["name"]), dtype=getattr(torch, base["dtype"]), use_safetensors=True
+        )
+    except OSError:
+        raise UserError(
+            f"The base {base['name']!r} cannot be found: set QTALE_MODELS_DIR to its folder."
+        ) from None
+    if weights_digest(model) != base["sha256"]:
+        raise UserError(f"The base {base['name']!r} is not the one trained on (sha256): restore it.")
+    return model
+
+
+def _load_whole(directory: Path) -> PreTrainedModel:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", use_safetensors=True, output_loading_info=True
+    )
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if wrong:
+        raise UserError(f"The weights in {directory} do not fit their model ({wrong}): save it again.")
+    return model
+
+
+def _read_strictly(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file, refused unless names and shapes are those expected."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: save the model again.")
+    tensors = load_file(path)
+    wrong = sorted(expected.keys() ^ tensors.keys())
+    wrong = wrong or [name for name, tensor in tensors.items() if tensor.shape != expected[name].shape]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit: {wrong[0]} (and {len(wrong) - 1} more) missing, left over or misshapen."
+        )
+    return tensors
+
+
+def _router_tensors(model: nn.Module) -> dict[str, Tensor]:
+    tensors = model.state_dict()
+    return {_base_name(name): tensor for name, tensor in tensors.items() if ".router." in name}
+
+
+def _lora_tensors(model: PeftModel) -> dict[str, Tensor]:
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _state_or_none(model: nn.Module) -> RoutingState | None:
+    states = (getattr(module, "routing", None) for module in model.modules())
+    return next((state for state in states if isinstance(state, RoutingState)), None)

@@ -1,8 +1,8 @@
 """Attention in which a key counts only where its token executed the layer, with a gradient to that decision.
 
-Training computes every layer for every token (QTALE Sec. 3.1, after D-LLM). A bypassed token must leave no key there, yet
-its gate must learn what its key would have changed. D-LLM multiplies the attention weights by the keep mask and
-renormalises; this is the same in log-sum form, so that the values are those of additive -inf masking.
+Training computes every layer for every token (QTALE Sec. 3.1, after D-LLM). A bypassed token must leave no
+key there, yet its gate must learn what its key would have changed. D-LLM multiplies the attention weights by
+the keep mask and renormalises; this is the same in log-sum form: the values are those of -inf masking.
 """
 
 import math
@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# D-LLM adds 1e-6 to the sum over kept keys, which bounds the pull of an evicted key at 1e6; we leave the sum exact and
-# bound the pull alone: kept keys never reach it.
+# D-LLM adds 1e-6 to the sum over kept keys, which bounds the pull of an evicted key at 1e6. We leave the sum
+# exact and bound the pull alone: kept keys never reach it.
 MAX_LOG_REACH = math.log(1e6)
 
 
 class _GatedAttention(torch.autograd.Function):
-    """softmax over kept keys, times values; hand-written because autograd's graph of it dominates small CPU runs."""
+    """softmax over kept keys, times values; autograd's own graph of it would dominate small CPU runs."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, keep: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, keep: Tensor, scaling: float
+    ) -> Tensor:
         batch, heads, length, width = query.shape
         groups = heads // key.shape[1]
         query = query.reshape(batch, key.shape[1], groups * length, width) * scaling  # [B, KV, G*T, D]
@@ -74,8 +76,8 @@ def gated_attention(
         attention_mask: additive, [B or 1, 1, T, T].
         keep: hard gate of each key, exactly 0 or 1, [B, T]. It gets its gradient also where it is 0.
     Returns:
-        ([B, T, heads, D], None). A query with no kept key in sight (only a bypassed token's own, under a sliding
-        window) gets finite values of no meaning; the layer drops them.
+        ([B, T, heads, D], None). A query with no kept key in sight (a bypassed token under a sliding window)
+        gets finite values of no meaning; the layer drops them.
     Raises:
         NotImplementedError: for attention dropout.
     """
@@ -91,7 +93,7 @@ _GATED = SimpleNamespace(_attn_implementation="qtale_gated")
 
 @contextmanager
 def gated(attention: nn.Module) -> Iterator[None]:
-    """Let one attention module use `gated_attention` meanwhile; its neighbours share its config and must not."""
+    """Let one attention module use `gated_attention` meanwhile; others share its config and must not."""
     config, attention.config = attention.config, _GATED
     try:
         yield

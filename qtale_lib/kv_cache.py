@@ -1,7 +1,7 @@
 """Key-value cache of the dense mode: beside each layer's keys it remembers which of them were evicted.
 
-A token that bypasses a layer leaves no key or value there (QTALE Sec. 3.1). The dense mode computes them all the same; to
-decode with a cache it must know later which keys not to show.
+A token that bypasses a layer leaves no key or value there (QTALE Sec. 3.1). The dense mode computes them all
+the same; to decode with a cache it must know later which keys not to show.
 """
 
 import torch
@@ -51,7 +51,7 @@ class EvictingLayer(DynamicLayer):
 def track_evictions(cache: Cache, n_layers: int) -> None:
     """Make an empty `DynamicCache` remember evicted keys; one that does already is left alone.
 
-    Sliding-window layers become full ones: the window is in the mask, and `kept` needs every key in its place.
+    Sliding-window layers become full ones: the window is in the mask, and `kept` needs keys in their places.
 
     Raises:
         NotImplementedError: for other caches, and for one that was filled without routes.

@@ -1,4 +1,4 @@
-"""The losses on routes: execution rate and entropy (QTALE Eq. 4, 7, 8), after D-LLM's code where the paper is silent."""
+"""The losses on routes: execution rate and entropy (QTALE Eq. 4, 7, 8; D-LLM's code where it is silent)."""
 
 import math
 from typing import Literal
@@ -30,8 +30,8 @@ def rate_loss(
     Args:
         gates: [L, B, T], 1 where a token executes a layer, over all decoder layers (always-run ones are 1).
         counted: bool [B, T] of `counted_tokens`.
-        kind: "per_token", D-LLM's code: mean over tokens of |mean over layers - target|; "mean", Eq. 4 as printed:
-            |mean over tokens and layers - target|.
+        kind: "per_token", D-LLM's code: mean over tokens of |mean over layers - target|;
+            "mean", Eq. 4 as printed: |mean over tokens and layers - target|.
     Returns:
         scalar; 0 if no token counts.
     """
@@ -44,7 +44,7 @@ def rate_loss(
 
 
 def entropy_loss(soft: Tensor, counted: Tensor) -> Tensor:
-    """Mean entropy of the soft Gumbel samples (Eq. 7), at most log 2; it is subtracted from the total (Eq. 8).
+    """Mean entropy of the soft Gumbel samples (Eq. 7), at most log 2; the total subtracts it (Eq. 8).
 
     Args:
         soft: b-tilde of Eq. 6, [routed layers, B, T, 2].
@@ -58,7 +58,7 @@ def entropy_loss(soft: Tensor, counted: Tensor) -> Tensor:
 
 
 def lambda1_at(progress: float, lambda1: float) -> float:
-    """Weight of the rate loss at `progress` = epochs done / all epochs, in [0, 1]: λ1 · sin(π/2 · progress)."""
+    """Weight of the rate loss at `progress` = epochs done / all epochs: λ1 · sin(π/2 · progress)."""
     return lambda1 * math.sin(math.pi / 2 * progress)
 
 

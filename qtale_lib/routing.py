@@ -39,7 +39,7 @@ class Router(nn.Module):
             return self.score(nn.functional.silu(reduced))
 
     def _apply(self, fn, recurse=True):
-        """Move with the model but never lose precision: `model.to(torch.bfloat16)` leaves routers in float32."""
+        """Move with the model but lose no precision: `model.to(torch.bfloat16)` leaves routers in float32."""
 
         def at_least_as_precise(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -71,8 +71,8 @@ def gumbel_softmax(logits: Tensor, noise: Tensor, tau: float = 1.0) -> tuple[Ten
         logits, noise: [..., 2].
         tau: temperature.
     Returns:
-        (hard, soft), both [..., 2]: `soft` is the paper's b-tilde; `hard` is its one-hot arg max, exactly 0 or 1,
-        whose gradient is that of `soft`.
+        (hard, soft), both [..., 2]: `soft` is the paper's b-tilde; `hard` is its one-hot arg max, exactly 0
+        or 1, whose gradient is that of `soft`.
     """
     soft = torch.softmax((logits + noise) / tau, dim=-1)
     values = soft.detach()
@@ -94,7 +94,7 @@ def threshold_shift(theta: float) -> float:
 def decide(logits: Tensor, theta: float = 0.5) -> Tensor:
     """True where a token executes: softmax(logits)[EXECUTE] >= theta (Eq. 9; arg max at 0.5, Eq. 2).
 
-    Decided on the logit gap, which does not saturate: at theta = 0 everything executes. [..., 2] -> bool [...].
+    Decided on the logit gap, which does not saturate; at theta = 0 all execute. [..., 2] -> bool [...].
     """
     return (logits[..., EXECUTE] - logits[..., BYPASS]) >= threshold_shift(theta)
 

@@ -1,0 +1,198 @@
+"""Decoder layers that run where their router says so, and what they share during a forward pass.
+
+QTALE Sec. 3.1 and 3.4, after D-LLM. Each routed layer is an instance of a subclass of its own class, so the
+base model keeps its parameter names. This is the dense execution: every layer is computed for every token,
+then the decisions say what counts. In training they are Gumbel samples, in evaluation the rule of θ.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from qtale_lib.errors import UserError
+from qtale_lib.gated_attention import gated
+from qtale_lib.kv_cache import track_evictions
+from qtale_lib.routing import EXECUTE, Router, decide, gumbel, gumbel_softmax
+
+if TYPE_CHECKING:
+    from qtale_lib.adaptive import Routes
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Shape and start of the routers.
+
+    hidden: router width; None is d/8 (512 at d 4096, as D-LLM).
+    always_run_layers, always_run_tokens: how many first layers, and first tokens of a sequence, always run.
+    tau: Gumbel-Softmax temperature in training.
+    bypass_bias, execute_bias: start of the last bias.
+    """
+
+    hidden: int | None = None
+    always_run_layers: int = 2
+    always_run_tokens: int = 2
+    tau: float = 1.0
+    bypass_bias: float = 0.1
+    execute_bias: float = 2.0
+
+    def __post_init__(self):
+        for name, least in (("hidden", 1), ("always_run_layers", 0), ("always_run_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"RouterConfig.{name} is {value}: it must be at least {least}.")
+        if self.tau <= 0:
+            raise UserError(f"RouterConfig.tau is {self.tau}: it must be above 0.")
+
+
+class RoutingState:
+    """What a routed model remembers between forward passes; it lives on the inner decoder as `.routing`."""
+
+    def __init__(self, config: RouterConfig, n_layers: int):
+        self.config, self.n_layers = config, n_layers
+        self.routed_layers = list(range(config.always_run_layers, n_layers))
+        self.theta = 0.5
+        self.generator: torch.Generator | None = None
+        self.recorder: Routes | None = None
+
+
+class ForwardPass:
+    """What the layers of one forward pass share; it travels to them as the keyword `routing`.
+
+    valid: bool [B, T], False on padding.
+    always: bool [B, T], True on reserved tokens and on padding (whose keys the attention mask hides).
+    past: number of cached tokens before these.
+    """
+
+    def __init__(self, state: RoutingState, seen: Tensor, past: int, cache: DynamicCache | None):
+        self.state, self.past, self.cache = state, past, cache
+        self.valid = seen[:, past:]
+        self.always = ~self.valid | (seen.cumsum(1)[:, past:] <= state.config.always_run_tokens)
+        self.noise: Tensor | None = None
+        self.logits, self.gates, self.soft, self.executed = {}, {}, {}, {}
+        self._masks = {}
+
+    def sample(self, layer: int, logits: Tensor) -> Tensor:
+        """Training: the straight-through execute gate of Eq. 5, 6, exactly 0 or 1. [B, T, 2] -> [B, T]."""
+        if self.noise is None:  # for all layers at once: it costs a small model much
+            shape = (len(self.state.routed_layers), *logits.shape)
+            self.noise = gumbel(shape, self.state.generator, logits.device, logits.dtype)
+        noise = self.noise[layer - self.state.config.always_run_layers]
+        hard, soft = gumbel_softmax(logits, noise, self.state.config.tau)
+        gate = hard[..., EXECUTE].masked_fill(self.always, 1.0)
+        if self.state.recorder is not None:
+            self.logits[layer], self.gates[layer], self.soft[layer] = logits.detach(), gate, soft
+            self.executed[layer] = (gate.detach() > 0) & self.valid
+        return gate
+
+    def decide(self, layer: int, logits: Tensor) -> Tensor:
+        """Evaluation: the rule of θ (Eq. 9). [B, T, 2] -> bool [B, T]."""
+        executed = decide(logits, self.state.theta) | self.always
+        if self.state.recorder is not None:
+            self.logits[layer], self.executed[layer] = logits.detach(), executed & self.valid
+        return executed
+
+    def kept_keys(self, layer: int, executed: Tensor) -> Tensor:
+        """Which keys this layer's queries may see, cached ones first. bool [B, T] -> bool [B, K]."""
+        return executed if self.cache is None else self.cache.layers[layer].extend(executed)
+
+    def additive_mask(self, mask: Tensor | None, like: Tensor) -> Tensor:
+        """The attention mask a layer was given, in additive form [B or 1, 1, T, K]; None is causal."""
+        if id(mask) not in self._masks:
+            self._masks[id(mask)] = (mask, self._build_mask(mask, like))
+        return self._masks[id(mask)][1]
+
+    def _build_mask(self, mask: Tensor | None, like: Tensor) -> Tensor:
+        if mask is None:
+            length = like.shape[1]
+            mask = torch.ones(length, self.past + length, dtype=torch.bool, device=like.device)
+            mask = mask.tril(self.past)[None, None]
+        if mask.dtype != torch.bool:
+            return mask
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, torch.finfo(like.dtype).min)
+
+
+class RoutedLayer:
+    """Mixin over a decoder layer class: the layer runs where its router says so.
+
+    The router reads the raw residual stream, before the layer's norm.
+    """
+
+    router: Router
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, routing: ForwardPass, **kwargs
+    ) -> Tensor:
+        """Hidden states [B, T, d] -> [B, T, d]."""
+        layer = self.self_attn.layer_idx
+        logits = self.router(hidden_states)
+        mask = routing.additive_mask(attention_mask, hidden_states)
+        if self.training:
+            run = functools.partial(self._run_gated, attention_mask=mask, **kwargs)
+            if self.gradient_checkpointing:  # the gate enters from outside: the second run sees the same
+                run = functools.partial(self._gradient_checkpointing_func, run)
+            return run(hidden_states, routing.sample(layer, logits))
+        executed = routing.decide(layer, logits)
+        kept = routing.kept_keys(layer, executed)
+        mask = mask.masked_fill(~kept[:, None, None], torch.finfo(mask.dtype).min)
+        output = super().forward(hidden_states, attention_mask=mask, **kwargs)
+        return torch.where(executed[..., None], output, hidden_states)
+
+    def _run_gated(self, hidden_states: Tensor, gate: Tensor, **kwargs) -> Tensor:
+        """b · layer(x) + (1 - b) · x with keys gated by b; both ends of lerp are exact."""
+        with gated(self.self_attn):
+            output = super().forward(hidden_states, keep=gate, **kwargs)
+        return torch.lerp(hidden_states, output, gate[..., None].to(output.dtype))
+
+
+@functools.cache
+def routed_class(layer_class: type) -> type:
+    routed = type(f"Routed{layer_class.__name__}", (RoutedLayer, layer_class), {})
+    # transformers wraps each new layer class for gradient checkpointing; RoutedLayer does its own
+    del routed.forward
+    return routed
+
+
+def start_pass(decoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of the decoder: work out what its layers must know of this pass."""
+    kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
+    cache = _no_cache(kwargs) if decoder.training else _tracked_cache(decoder, kwargs)
+    past = cache.get_seq_length() if cache is not None else 0
+    seen = _seen_tokens(kwargs, past)
+    routing = ForwardPass(decoder.routing, seen, past, cache)
+    if decoder.routing.recorder is not None:
+        decoder.routing.recorder.add(routing)
+    return (), kwargs | {"routing": routing}
+
+
+def _no_cache(kwargs: dict) -> None:
+    if kwargs.get("past_key_values") is not None:
+        raise NotImplementedError("a routed model in training takes no cache: call model.eval() first")
+    kwargs["use_cache"] = False
+
+
+def _tracked_cache(decoder: PreTrainedModel, kwargs: dict) -> DynamicCache | None:
+    cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
+        cache = kwargs["past_key_values"] = DynamicCache()
+    if cache is not None:
+        track_evictions(cache, decoder.routing.n_layers)
+    return cache
+
+
+def _seen_tokens(kwargs: dict, past: int) -> Tensor:
+    """Non-padding mask of the cached tokens and these, bool [B, past + T]."""
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return torch.ones(tokens.shape[0], past + tokens.shape[1], dtype=torch.bool, device=tokens.device)
+    if not isinstance(mask, Tensor) or mask.shape != (tokens.shape[0], past + tokens.shape[1]):
+        raise UserError("A routed model needs a 2-D attention mask over all tokens so far, or none at all.")
+    return mask.bool()

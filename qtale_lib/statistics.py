@@ -20,10 +20,10 @@ SHOWN, NOT_SHOWN, NOT_TESTABLE = "shown", "not shown", "not testable here"
 CONFIDENCE, POWER = 0.95, 0.80
 MINIMAL_TASKS = 3
 RULE = (
-    "Shown: the 95 % interval lies wholly within the claimed range. Not testable here: nothing was run for it, "
-    f"the fine-tunings are too few to know their spread (fewer than 2 seeds and than {MINIMAL_TASKS} tasks), or "
-    f"the smallest effect found with {POWER:.0%} power exceeds the effect that the paper prints. Otherwise, and "
-    "always when the interval lies wholly outside the claimed range: not shown."
+    "Shown: the 95 % interval lies wholly within the claimed range. Not testable here: nothing was run for "
+    f"it, the fine-tunings are too few to know their spread (fewer than 2 seeds and than {MINIMAL_TASKS} "
+    f"tasks), or the smallest effect found with {POWER:.0%} power exceeds the effect that the paper prints. "
+    "Otherwise, and always when the interval lies wholly outside the claimed range: not shown."
 )
 
 

@@ -1,0 +1,173 @@
+"""Tidy frames of what the run store holds: answers per question, and per-layer probes after every epoch.
+
+Figures, tables and claims read the store through this room alone, so that "which layers", "which tasks" and
+"which runs are there" are decided once. A task, method, bit width or seed that was not run is simply absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qtale_lib import paper
+
+ROUTED_METHODS = ("dllm", "qtale")
+SHOWN_EPOCHS = (0, 3, 6)  # of Fig. 2, 5 and 6; the last epoch is added
+LOWEST_LAYERS = 3  # Sec. 3.1: layers 20, 23 and 26 of LLaMA3.1-8B
+USUAL_RULE = {"full": "none", "dllm": "argmax", "qtale": "argmax"}
+
+Cell = tuple[str, str, int, int, str]  # task, method, seed, bits, rule that sets theta
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One evaluation, question by question.
+
+    `scores` [questions]: 100 for right and 0 for wrong, or 100 x the negative log-likelihood of a response;
+    `weights` [questions]: 1, or the response's tokens. Their weighted mean is the accuracy in percent, or
+    100 x log PPL. `clusters` [questions]: a label that questions on the same facts share.
+    """
+
+    scores: np.ndarray
+    weights: np.ndarray
+    clusters: np.ndarray
+    execution_ratio: float | None
+    loss_ratio: float | None
+
+    @property
+    def mean(self) -> float:
+        """Accuracy in percent, or 100 x log PPL."""
+        return float(np.average(self.scores, weights=self.weights))
+
+
+def group_of(task: str) -> str:
+    """The paper's grouping: "csqa" for the seven commonsense tasks, else the task itself (mmlu, alpaca)."""
+    return "csqa" if task in paper.CSQA else task
+
+
+def shown_epochs(epochs: Iterable[int]) -> list[int]:
+    """Epochs 0, 3, 6 and the last, as far as they were run."""
+    present = sorted(set(epochs))
+    return sorted({epoch for epoch in SHOWN_EPOCHS if epoch in present} | set(present[-1:]))
+
+
+class Measurements:
+    """What a lab holds, read once: `answers` by cell, `layers` and `evaluations` as tidy frames."""
+
+    def __init__(self, lab: Any) -> None:
+        self.lab, self.profile = lab, lab.profile
+
+    @cached_property
+    def evaluations(self) -> pd.DataFrame:
+        """One row per evaluation (task, method, seed, bits, theta_rule, acc or ppl, ratios ...)."""
+        return self.lab.evaluations()
+
+    @cached_property
+    def answers(self) -> dict[Cell, Answers]:
+        """Answers of every evaluation in the store."""
+        keys = ["task", "method", "seed", "bits", "theta_rule"]
+        rows = self.evaluations[keys].itertuples(index=False) if len(self.evaluations) else ()
+        return {(t, m, int(s), int(b), r): self._answers(t, m, int(s), int(b), r) for t, m, s, b, r in rows}
+
+    def _answers(self, task: str, method: str, seed: int, bits: int, rule: str) -> Answers:
+        spec = {"task": task, "method": method, "seed": seed, "bits": bits, "theta": rule}
+        value = self.lab.result("evaluation", **spec)["value"]
+        scores, weights = _scores(value)
+        clusters = _clusters(value.get("facts") or [], len(scores))
+        return Answers(scores, weights, clusters, value.get("execution_ratio"), value.get("loss_ratio"))
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        """One row per task, method, seed, epoch and layer, with the columns PROBED.
+
+        `ratio` is over all tokens; `routed_ratio` leaves out the first tokens, which always run and
+        alone lift the ratio of short prompts. A layer that always runs has ratio 1 and the rest NaN.
+        """
+        frames = [
+            _layer_frame(probe).assign(task=task, method=method, seed=seed)
+            for task, method, seed in self._trained()
+            for probe in self.lab.probes(task, method, seed)
+        ]
+        columns = ["task", "method", "seed", "epoch", "layer", *PROBED]
+        return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+    def _trained(self) -> list[tuple[str, str, int]]:
+        runs = self.lab.finetunes()
+        if runs.empty:
+            return []
+        runs = runs[runs.method.isin(ROUTED_METHODS)].sort_values(["task", "method", "seed"])
+        return [(task, method, int(seed)) for task, method, seed in runs[["task", "method", "seed"]].values]
+
+    def lowest_layers(self, task: str, method: str = "dllm", seed: int | None = None) -> list[int]:
+        """The routed layers with the lowest final ratio (mean over seeds unless one is named), ascending."""
+        frame = self.layers
+        frame = frame[(frame.task == task) & (frame.method == method) & frame.flip_expected.notna()]
+        frame = frame[frame.epoch == frame.epoch.max()]
+        if seed is not None:
+            frame = frame[frame.seed == seed]
+        means = frame.groupby("layer").ratio.mean().sort_values(kind="stable")
+        return sorted(int(layer) for layer in means.index[:LOWEST_LAYERS])
+
+    def figure_task(self) -> str | None:
+        """The task of Fig. 3 and 5-7: ARC-easy as in the paper, else the profile's first task with probes."""
+        present = set(self.layers.task)
+        return next((task for task in ("arc_easy", *self.profile.tasks) if task in present), None)
+
+    def histograms(self, method: str, task: str, seed: int, layers: Iterable[int]) -> pd.DataFrame:
+        """Logit histograms (Fig. 5, 6), tidy: one row per epoch, layer, kind and bin."""
+        columns = ["method", "task", "seed", "epoch", "layer", "kind", "left", "right", "count", "gap"]
+        if (task, method, seed) not in self._trained():
+            return pd.DataFrame(columns=columns)
+        probes = self.lab.probes(task, method, seed)
+        wanted = shown_epochs(probe["epoch"] for probe in probes)
+        frames = [
+            _histogram_frame(probe, layer, kind)
+            for probe in probes
+            if probe["epoch"] in wanted
+            for layer in layers
+            for kind in ("execute", "bypass")
+        ]
+        return pd.concat(frames, ignore_index=True).assign(method=method, task=task, seed=seed)[columns]
+
+
+LISTED = ("ratio", "flip", "flip_expected", "gap", "abs_gap")
+PROBED = ("ratio", "routed_ratio", *LISTED[1:])
+
+
+def _layer_frame(probe: dict[str, Any]) -> pd.DataFrame:
+    values = {name: np.array(probe[name], dtype=float) for name in LISTED}  # null becomes NaN
+    decided = [np.nan if counts is None else sum(counts) for counts in probe["histogram"]["execute"]]
+    share = np.array(decided) / probe["tokens"]  # of the tokens fed, those that the layer's router decides on
+    routed = (values["ratio"] - (1 - share)) / share
+    return pd.DataFrame(
+        {"epoch": probe["epoch"], "layer": range(len(routed)), "routed_ratio": routed, **values}
+    )
+
+
+def _histogram_frame(probe: dict[str, Any], layer: int, kind: str) -> pd.DataFrame:
+    edges = np.asarray(probe["histogram"]["edges"], dtype=float)
+    counts = np.asarray(probe["histogram"][kind][layer], dtype=float)
+    return pd.DataFrame({
+        "epoch": probe["epoch"], "layer": layer, "kind": kind, "left": edges[:-1], "right": edges[1:],
+        "count": counts, "gap": probe["gap"][layer],
+    })  # fmt: skip
+
+
+def _scores(value: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and weights per question: right or wrong in percent, or 100 x nats per response token."""
+    if value["metric"] == "acc":
+        scores = 100.0 * np.asarray(value["correct"], dtype=float)
+        return scores, np.ones_like(scores)
+    tokens = np.asarray(value["example_tokens"], dtype=float)
+    return 100.0 * np.asarray(value["example_nll"], dtype=float) / tokens, tokens
+
+
+def _clusters(facts: list, count: int) -> np.ndarray:
+    """Labels [count]: one per distinct set of facts; a question without facts stands alone."""
+    names = ["|".join(map(str, facts[i])) if i < len(facts) and facts[i] else f"#{i}" for i in range(count)]
+    return np.unique(names, return_inverse=True)[1]

@@ -1,0 +1,160 @@
+"""A lab without models: the run store's JSON shapes, filled with numbers whose truth a test chooses."""
+
+from __future__ import annotations
+
+import zlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qtale_lib import paper
+
+RULES = {"full": ("none",), "dllm": ("argmax", "searched", "zero"), "qtale": ("argmax", "searched", "zero")}
+LAYERS, ALWAYS_RUN, TOKENS, RESERVED = 8, 2, 4000, 400
+THETA = {"none": None, "argmax": 0.5, "searched": 0.2, "zero": 0.0}
+CONFIG = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True, "model_type": "llama",
+}  # fmt: skip
+
+# accuracy in percent by (method, bits, rule); what is not named has that of its method at 16 bits
+PAPER_LIKE = {
+    ("full", 16, "none"): 85.0, ("full", 4, "none"): 83.0, ("full", 3, "none"): 76.0,
+    ("full", 2, "none"): 50.0,
+    ("dllm", 16, "argmax"): 84.8, ("dllm", 4, "argmax"): 74.0, ("dllm", 3, "argmax"): 60.0,
+    ("dllm", 4, "searched"): 80.0, ("qtale", 16, "argmax"): 84.9, ("qtale", 4, "argmax"): 82.0,
+    ("qtale", 4, "searched"): 84.0, ("qtale", 3, "argmax"): 73.0, ("qtale", 3, "searched"): 77.0,
+}  # fmt: skip
+
+
+def profile(**changes: Any) -> SimpleNamespace:
+    """What notebooks and claims read of a profile."""
+    fields = {
+        "name": "fake", "tasks": [*paper.CSQA, "mmlu", "alpaca"], "methods": ["full", "dllm", "qtale"],
+        "bits": [16, 4, 3, 2], "seeds": [0], "group_size": 128, "base": "microworld",
+        "training": SimpleNamespace(rate_target=0.5, epochs=10),
+        "quantization": SimpleNamespace(lm_head_bits=16, method="awq"),
+        "routing": SimpleNamespace(hidden=None, always_run_layers=ALWAYS_RUN, always_run_tokens=2),
+    }  # fmt: skip
+    assert set(changes) <= set(fields)
+    return SimpleNamespace(**{**fields, **changes}, digest=lambda *sections: "0" * 16)
+
+
+class FakeLab:
+    """The lab's reading methods over made-up results; `accuracy` as PAPER_LIKE, noise drawn from `seed`."""
+
+    def __init__(
+        self, accuracy: dict | None = None, questions: int = 300, seed: int = 0, **changes: Any
+    ) -> None:
+        self.profile = profile(**changes)
+        self.accuracy, self.questions, self.seed = (
+            PAPER_LIKE if accuracy is None else accuracy,
+            questions,
+            seed,
+        )
+        self.ensured: list[str] = []
+
+    def ensure(self, notebook_id: str) -> None:
+        self.ensured.append(notebook_id)
+
+    def base(self) -> dict[str, Any]:
+        parts = {"decoder": LAYERS * 100_000, "embedding": 512 * 128, "lm_head": 0, "norm": 128}
+        return {
+            "name": "microworld",
+            "sha256": "0" * 64,
+            "config": CONFIG,
+            "parameters": {**parts, "total": sum(parts.values())},
+        }
+
+    def finetunes(self) -> pd.DataFrame:
+        rows = [
+            (t, m, s) for t in self.profile.tasks for m in self.profile.methods for s in self.profile.seeds
+        ]
+        return pd.DataFrame(rows, columns=["task", "method", "seed"])
+
+    def evaluations(self) -> pd.DataFrame:
+        runs = self.finetunes().values.tolist()
+        cells = [(t, m, s, b, rule) for t, m, s in runs for b in self.profile.bits for rule in RULES[m]]
+        return pd.DataFrame([self.row(*cell) for cell in cells])
+
+    def row(self, task: str, method: str, seed: int, bits: int, rule: str) -> dict[str, Any]:
+        value = self.value(task, method, seed, bits, rule)
+        names = ("metric", "acc", "ppl", "stderr", "count", "nll", "execution_ratio", "loss_ratio", "theta")
+        spec = {"task": task, "method": method, "seed": seed, "bits": bits, "theta_rule": rule}
+        return {**spec, **{name: value.get(name) for name in names}}
+
+    def result(self, kind: str, **spec: Any) -> dict[str, Any]:
+        assert kind == "evaluation"
+        value = self.value(spec["task"], spec["method"], spec["seed"], spec["bits"], spec["theta"])
+        return {"schema": 1, "kind": kind, "status": "done", "spec": spec, "value": value, "provenance": {}}
+
+    def value(self, task: str, method: str, seed: int, bits: int, rule: str) -> dict[str, Any]:
+        ratio = {"none": 1.0, "argmax": 0.52, "searched": 0.54, "zero": 1.0}[rule]
+        ratio += 0.0 if rule in ("none", "zero") else self.noise("ratio", task, method, seed).normal(0, 0.01)
+        common = {"execution_ratio": ratio, "loss_ratio": min(ratio, 1.0), "theta": THETA[rule],
+                  "facts": [[f"fact{i // 2}"] for i in range(self.questions)]}  # fmt: skip
+        usual = self.accuracy.get((method, 16, RULES[method][0]), 80.0)
+        score = self.accuracy.get((method, bits, rule), usual)
+        score += self.noise("run", task, method, seed).normal(0, 0.3)
+        measured = self.perplexity(task, score) if task == "alpaca" else self.choices(task, score)
+        return {**common, **measured}
+
+    def choices(self, task: str, score: float) -> dict[str, Any]:
+        easiness = self.noise("questions", task).permutation(self.questions) / self.questions
+        correct = (easiness < score / 100).astype(int)
+        stderr = float(correct.std() / self.questions**0.5)
+        shared = {"metric": "acc", "count": self.questions, "nll": 0.5, "stderr": stderr}
+        return {**shared, "acc": float(correct.mean()), "correct": correct.tolist()}
+
+    def perplexity(self, task: str, score: float) -> dict[str, Any]:
+        noise = self.noise("questions", task)
+        tokens = noise.integers(5, 30, self.questions)
+        nll = tokens * (2.0 - score / 100 + noise.normal(0, 0.05, self.questions))
+        mean = float(nll.sum() / tokens.sum())
+        shared = {"metric": "ppl", "count": int(tokens.sum()), "nll": mean, "stderr": 0.01}
+        examples = {"example_nll": nll.tolist(), "example_tokens": tokens.tolist()}
+        return {**shared, "ppl": float(np.exp(mean)), **examples}
+
+    def noise(self, *key: Any) -> np.random.Generator:
+        """A generator of its own for every key, so that no number depends on the order of questions."""
+        return np.random.default_rng(zlib.crc32(repr((self.seed, *key)).encode()))
+
+    def probes(self, task: str, method: str, seed: int) -> list[dict[str, Any]]:
+        noise = self.noise("layers", task, method, seed)
+        slope = np.sort(noise.uniform(0.2, 1.0, LAYERS))[::-1] * (1.0 if method == "dllm" else 0.3)
+        return [self.probe(epoch, noise, slope) for epoch in range(self.profile.training.epochs + 1)]
+
+    def probe(self, epoch: int, noise: np.random.Generator, slope: np.ndarray) -> dict[str, Any]:
+        done = min(epoch / 4, 1.0) + epoch / 100
+        gap = 1.9 - done * 8.0 * slope
+        share = 1 / (1 + np.exp(-3 * gap))
+        ratio = np.where(
+            np.arange(LAYERS) < ALWAYS_RUN, 1.0, (RESERVED + share * (TOKENS - RESERVED)) / TOKENS
+        )
+        expected = 1 / (1 + np.exp(np.abs(gap)))
+        edges = np.linspace(-16, 16, 129)
+
+        def draw(centre: float) -> list[int]:
+            values = noise.normal(centre, 1, TOKENS - RESERVED).clip(-16, 16)
+            return np.histogram(values, edges)[0].tolist()
+
+        return {
+            "epoch": epoch, "ratio": ratio.tolist(), "tokens": TOKENS,
+            "flip": routed(expected + noise.normal(0, 0.004, LAYERS)), "flip_expected": routed(expected),
+            "gap": routed(gap), "abs_gap": routed(np.abs(gap)),
+            "histogram": {"edges": edges.tolist(), "execute": routed([draw(g / 2) for g in gap]),
+                          "bypass": routed([draw(-g / 2) for g in gap])},
+            "execution_ratio": float(ratio.mean()), "loss_ratio": float(ratio.mean()),
+        }  # fmt: skip
+
+    def thresholds(self) -> pd.DataFrame:
+        runs = [run for run in self.finetunes().values.tolist() if run[1] != "full"]
+        rows = [(*run, bits, 0.2) for run in runs for bits in self.profile.bits]
+        return pd.DataFrame(rows, columns=["task", "method", "seed", "bits", "theta"])
+
+
+def routed(values: Any) -> list:
+    """The list with None on the layers that always run."""
+    return [None] * ALWAYS_RUN + list(values)[ALWAYS_RUN:]

@@ -1,0 +1,73 @@
+"""Tidy frames of the run store: layers found, ratios corrected, answers weighted and clustered."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fake_lab import LAYERS, FakeLab
+
+from qtale_lib.measurements import Measurements, group_of, shown_epochs
+
+
+def test_groups_are_the_papers():
+    assert [group_of(task) for task in ("piqa", "openbookqa", "mmlu", "alpaca")] == [
+        "csqa",
+        "csqa",
+        "mmlu",
+        "alpaca",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [(range(11), [0, 3, 6, 10]), (range(4), [0, 3]), ([0, 0.4], [0, 0.4]), ([], [])]
+)
+def test_shown_epochs(epochs, expected):
+    assert shown_epochs(epochs) == expected
+
+
+def test_answers_average_to_the_stored_metric():
+    lab = FakeLab(tasks=["arc_easy", "alpaca"], bits=[4])
+    answers = Measurements(lab).answers
+    frame = lab.evaluations().set_index(["task", "method", "seed", "bits", "theta_rule"])
+    assert len(answers) == len(frame) == 2 * 7
+    for cell, answer in answers.items():
+        row = frame.loc[cell]
+        stored = 100 * row.acc if row.metric == "acc" else 100 * np.log(row.ppl)
+        assert answer.mean == pytest.approx(stored)
+        assert len(set(answer.clusters)) == lab.questions // 2
+
+
+def test_lowest_layers_are_those_of_the_last_epoch():
+    lab = FakeLab(tasks=["piqa"], seeds=[0, 1])
+    means = np.mean([lab.probes("piqa", "dllm", seed)[-1]["ratio"] for seed in (0, 1)], axis=0)
+    assert Measurements(lab).lowest_layers("piqa") == sorted(np.argsort(means)[:3].tolist())
+
+
+def test_routed_ratio_leaves_out_the_tokens_that_always_run():
+    lab = FakeLab(tasks=["piqa"])
+    frame = Measurements(lab).layers
+    routed = frame[frame.layer >= 2]
+    assert frame[frame.layer < 2].routed_ratio.isna().all()
+    assert np.allclose(routed.ratio, 0.1 + 0.9 * routed.routed_ratio)  # 400 of 4,000 tokens always run
+
+
+def test_histograms_hold_the_probes_counts():
+    lab = FakeLab(tasks=["piqa"])
+    frame = Measurements(lab).histograms("qtale", "piqa", 0, [3, 5])
+    assert sorted(frame.epoch.unique()) == [0, 3, 6, 10]
+    chosen = frame[(frame.epoch == 6) & (frame.layer == 5) & (frame.kind == "bypass")]
+    assert chosen["count"].tolist() == lab.probes("piqa", "qtale", 0)[6]["histogram"]["bypass"][5]
+
+
+def test_what_was_not_run_is_absent():
+    nothing = Measurements(FakeLab(methods=["full"], tasks=["mmlu"]))
+    assert nothing.layers.empty and nothing.figure_task() is None
+    assert nothing.histograms("dllm", "mmlu", 0, [2]).empty
+    assert len(nothing.answers) == 4
+    assert Measurements(FakeLab(methods=[])).answers == {}
+
+
+def test_figure_task_is_arc_easy_where_there_is_one():
+    assert Measurements(FakeLab()).figure_task() == "arc_easy"
+    assert Measurements(FakeLab(tasks=["siqa", "alpaca"])).figure_task() == "siqa"
+    assert set(Measurements(FakeLab(tasks=["siqa"])).layers.layer) == set(range(LAYERS))

@@ -1,0 +1,190 @@
+"""A pool of processes that outlives its workers: one per core on CPU, one per GPU otherwise.
+
+Tasks wait for the tasks they build on; among the ready ones the longest goes first. A task that fails, or whose
+process is killed, is reported and takes only the tasks that build on it along. Workers die with their parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from qtale_lib.errors import UserError
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One job for the pool: `work(*arguments, report)` in a worker, after the tasks named in `after`.
+
+    cost: expected seconds, in any unit common to all tasks; rank: ready tasks of a lower rank go first.
+    """
+
+    name: str
+    work: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    after: tuple[str, ...] = ()
+    cost: float = 1.0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended: "done", "failed" or "skipped" (something it builds on failed)."""
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    error: str = ""
+    detail: str = ""
+
+
+@dataclass
+class _Worker:
+    process: Any
+    connection: Connection
+    task: Task | None = None
+    started: float = 0.0
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    slots: Sequence[dict[str, str]],
+    on_start: Callable[[Task], None] = lambda task: None,
+    on_progress: Callable[[Task, float], None] = lambda task, fraction: None,
+    on_end: Callable[[Task, Outcome], None] = lambda task, outcome: None,
+) -> list[Outcome]:
+    """Do every task on one process per slot and return the outcomes in order of ending.
+
+    slots: each worker's environment variables. The callbacks run in the caller's process.
+    """
+    names = {task.name for task in tasks}
+    pending = {task.name: replace(task, after=tuple(names & set(task.after))) for task in tasks}
+    outcomes: dict[str, Outcome] = {}
+    workers: list[_Worker | None] = [None] * min(len(slots), len(tasks))
+
+    def finish(task: Task, outcome: Outcome) -> None:
+        outcomes[task.name] = outcome
+        on_end(task, outcome)
+
+    try:
+        while pending or any(worker and worker.task for worker in workers):
+            for task in _doomed(pending, outcomes):
+                del pending[task.name]
+                finish(task, Outcome(task.name, "skipped", error="what it builds on failed"))
+            for index, slot in enumerate(slots[: len(workers)]):
+                task = _next(pending, outcomes)
+                worker = workers[index]
+                if task is None or (worker and worker.task):
+                    continue
+                worker = workers[index] = worker or _start(slot)
+                worker.task, worker.started = pending.pop(task.name), time.monotonic()
+                on_start(task)
+                with contextlib.suppress(OSError):  # a dead worker is noticed just below
+                    worker.connection.send((task.work, task.arguments))
+            for index in _busy(workers):
+                workers[index] = _listen(workers[index], on_progress, finish)
+    finally:
+        for worker in workers:
+            if worker:
+                worker.process.terminate()
+                worker.process.join()
+    return list(outcomes.values())
+
+
+def _doomed(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> list[Task]:
+    lost = {name for name, outcome in outcomes.items() if outcome.status != "done"}
+    return [task for task in pending.values() if lost & set(task.after)]
+
+
+def _next(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> Task | None:
+    ready = [task for task in pending.values() if all(name in outcomes for name in task.after)]
+    return min(ready, key=lambda task: (task.rank, -task.cost), default=None)
+
+
+def _busy(workers: list[_Worker | None]) -> list[int]:
+    """Wait until a busy worker speaks or dies; the indices of those that did."""
+    ends = {}
+    for index, worker in enumerate(workers):
+        if worker and worker.task:
+            ends[worker.connection] = ends[worker.process.sentinel] = index
+    return sorted({ends[end] for end in wait(list(ends))}) if ends else []
+
+
+def _listen(worker: _Worker, on_progress: Callable, finish: Callable) -> _Worker | None:
+    """Take a worker's messages; None if it is gone and a fresh one is to take its slot."""
+    task = worker.task
+    try:
+        while worker.connection.poll():
+            kind, value = worker.connection.recv()
+            if kind == "progress":
+                on_progress(task, value)
+                continue
+            worker.task = None
+            seconds = time.monotonic() - worker.started
+            finish(task, Outcome(task.name, "failed" if value else "done", seconds, *(value or ())))
+            return worker
+        if worker.process.is_alive():
+            return worker
+    except (EOFError, ConnectionError):
+        pass
+    worker.process.join()
+    seconds = time.monotonic() - worker.started
+    reason = f"its process ended with exit code {worker.process.exitcode} (killed, or out of memory)"
+    finish(task, Outcome(task.name, "failed", seconds, reason))
+    return None
+
+
+def _start(slot: dict[str, str]) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, slot), daemon=True)
+    with _environment(slot):  # libraries read thread counts and visible GPUs when they are first imported
+        process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+def _serve(connection: Connection, slot: dict[str, str]) -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    while True:
+        try:
+            work, arguments = connection.recv()
+        except EOFError:
+            return
+        connection.send(("end", _attempt(work, arguments, lambda done: connection.send(("progress", done)))))
+
+
+def _attempt(work: Callable[..., Any], arguments: tuple[Any, ...], report: Callable[[float], None]) -> Any:
+    try:
+        work(*arguments, report)
+    except UserError as error:
+        return str(error), ""
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", traceback.format_exc()
+    return None
+
+
+def _die_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,122 @@
+"""Results on disk: one JSON each, written whole or not at all, found by a digest of what it was made from.
+
+Nothing here knows what a result means, and nothing imports torch: notebooks read through it in milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+def canonical(value: Any) -> str:
+    """JSON text that is equal for equal values: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits of sha256 over the canonical JSON of the parts."""
+    return hashlib.sha256(canonical(parts).encode()).hexdigest()[:16]
+
+
+def file_digest(*paths: Path) -> str:
+    """sha256 over the names and contents of files, in order of name."""
+    total = hashlib.sha256()
+    for path in sorted(paths, key=lambda path: path.name):
+        total.update(path.name.encode() + b"\0")
+        with path.open("rb") as handle:
+            total.update(hashlib.file_digest(handle, "sha256").digest())
+    return total.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file atomically and durably; numbers that are not finite become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(_lines(_finite(value)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """The file's value, or None if it is missing, cut off or not JSON: then it is computed again."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def _lines(value: Any) -> str:
+    if not isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+    items = (
+        f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False, allow_nan=False)}" for k, v in value.items()
+    )
+    return "{\n" + ",\n".join(items) + "\n}\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the system releases it when its holder dies, however it dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+class Store:
+    """Results under root/<kind>/<name>-<key>.json, with a folder of the same name for a result's files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, kind: str, name: str, key: str) -> Path:
+        """Where a result's JSON lies, whether or not it is there."""
+        return self.root / kind / f"{name}-{key}.json"
+
+    def files(self, kind: str, name: str, key: str) -> Path:
+        """Where a result's files lie."""
+        return self.root / kind / f"{name}-{key}"
+
+    def get(self, kind: str, name: str, key: str) -> dict[str, Any] | None:
+        """A finished result, or None; a damaged one, or one of another schema, counts as missing."""
+        result = read_json(self.path(kind, name, key))
+        sound = isinstance(result, dict) and result.get("schema") == SCHEMA and result.get("key") == key
+        return result if sound and result.get("status") == "done" and "value" in result else None
+
+    def put(self, kind: str, name: str, key: str, **parts: Any) -> dict[str, Any]:
+        """Write a finished result: spec, value, config and provenance."""
+        result = {"schema": SCHEMA, "kind": kind, "key": key, "status": "done", **parts}
+        write_json(self.path(kind, name, key), result)
+        return result
+
+    def lock(self, kind: str, name: str, key: str) -> contextlib.AbstractContextManager[None]:
+        """The lock under which one result is computed; look again for the result after taking it."""
+        return locked(self.root / "locks" / f"{kind}-{name}-{key}")

@@ -1,0 +1,264 @@
+"""The paper's loss (Sec. 3.2; Eq. 4, 7, 8) in a transformers Trainer, LoRA by peft, checkpoints, divergence.
+
+The three methods differ in one thing each: "full" is the same LoRA without routers, "dllm" has routers and no
+entropy term (λ2 = 0), "qtale" has both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, Trainer
+
+from qtale_lib.adaptive import record_routes
+from qtale_lib.data.encoding import IGNORED
+from qtale_lib.errors import UserError
+from qtale_lib.losses import counted_tokens, entropy_loss, lambda1_at, rate_loss, total_loss
+
+TRAINABLE_FILE = "trainable.safetensors"
+
+
+class Objective(NamedTuple):
+    """Weights of Eq. 8 and the rate loss's target; `routed` is False for "full", whose loss is CE alone."""
+
+    routed: bool
+    lambda1: float = 0.0
+    lambda2: float = 0.0
+    rate_target: float = 0.5
+    rate_kind: str = "per_token"
+
+    @classmethod
+    def of(cls, method: str, training: Any) -> Objective:
+        """The objective of "full", "dllm" or "qtale" under a profile's training section."""
+        if method == "full":
+            return cls(routed=False)
+        lambda2 = training.lambda2 if method == "qtale" else 0.0
+        return cls(True, training.lambda1, lambda2, training.rate_target, training.rate_loss)
+
+
+class TokenCounts(NamedTuple):
+    """Tokens of one optimizer step, all micro-batches: what CE and what the routing losses average over."""
+
+    response: Tensor
+    rated: Tensor
+
+
+def add_lora(model: PreTrainedModel, settings: Any) -> PeftModel:
+    """The model with trainable LoRA matrices (float32) and trainable routers; everything else is frozen.
+
+    Scale alpha/r; peft drops before A where D-LLM drops after B.
+    """
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=list(settings.target_modules),
+            init_lora_weights="gaussian",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    for name, parameter in adapted.named_parameters():
+        if is_router(name):
+            parameter.requires_grad_(True)
+    return adapted
+
+
+def is_router(name: str) -> bool:
+    """Whether a parameter's name is a router's."""
+    return ".router." in name
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, router_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups: LoRA and routers at their own rates; no decay on vectors (biases and norms)."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((is_router(name), parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": members,
+            "lr": router_lr if router else lr,
+            "weight_decay": weight_decay if matrix else 0.0,
+        }
+        for (router, matrix), members in groups.items()
+    ]
+
+
+def causal_of(model: nn.Module) -> PreTrainedModel:
+    """The causal language model itself, taken out of peft's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def decoder_of(model: nn.Module) -> PreTrainedModel:
+    """The decoder without lm_head; its forward gives hidden states."""
+    return causal_of(model).base_model
+
+
+def response_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross-entropy over the response tokens; lm_head runs on their positions only. Inputs [B, T]."""
+    hidden = decoder_of(model)(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state  # [B, T, d]
+    targets = labels[:, 1:]
+    answered = targets != IGNORED
+    hidden = hidden[:, :-1][answered]  # [response tokens, d]
+    logits = causal_of(model).get_output_embeddings()(hidden)
+    return cross_entropy(logits.float(), targets[answered], reduction="sum")
+
+
+class RoutedTrainer(Trainer):
+    """Trainer with L = CE + λ1(e)·L_rate − λ2·L_entropy (Eq. 8), every mean taken over the effective batch.
+
+    CE is weighted by response token and the routing terms by rated token over all accumulated micro-batches,
+    so accumulation 4×1 gives 1×4 (not for L_rate of kind "mean": its absolute value is per micro-batch).
+    """
+
+    # compute_loss divides by the counts of the whole optimizer step, so training_step must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, objective: Objective, router_lr: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective
+        self.router_lr = router_lr
+        self._sums: dict[str, Tensor] = {}
+        self._summed_from = 0
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Fused AdamW: some 100 tiny tensors cost more in calls than in arithmetic otherwise."""
+        if self.optimizer is None:
+            groups = parameter_groups(
+                model or self.model, self.args.learning_rate, self.router_lr, self.args.weight_decay
+            )
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon, fused=True)
+        return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, TokenCounts]:
+        """The micro-batches of one optimizer step and their token counts."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        response = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
+        rated = sum(counted_tokens(batch["attention_mask"].bool()).sum() for batch in batches)
+        return batches, TokenCounts(response.to(device), rated.clamp_min(1).to(device))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """This micro-batch's share of the step's loss; UserError naming layer and step if it is not finite."""
+        counts: TokenCounts = num_items_in_batch
+        if self.objective.routed:
+            terms = self._routed_terms(model, inputs, counts)
+        else:
+            ce = response_loss(model, **inputs) / counts.response
+            terms = {"ce": ce, "total": ce}
+        if not torch.isfinite(terms["total"]):
+            raise UserError(describe_divergence(model, inputs, self.state.global_step))
+        self._add_up({name: value.detach() for name, value in terms.items() if name != "total"})
+        return terms["total"]
+
+    def _routed_terms(
+        self, model: nn.Module, inputs: dict[str, Tensor], counts: TokenCounts
+    ) -> dict[str, Tensor]:
+        aim = self.objective
+        with record_routes(model) as routes:
+            ce = response_loss(model, **inputs) / counts.response
+        rated = counted_tokens(inputs["attention_mask"].bool())  # [B, T]
+        share = rated.sum() / counts.rated
+        rate = rate_loss(routes.gates, rated, aim.rate_target, aim.rate_kind) * share
+        entropy = entropy_loss(routes.soft, rated) * share
+        lambda1 = lambda1_at(self.state.global_step / self.state.max_steps, aim.lambda1)
+        loss_ratio = routes.gates.detach().mean(0)[rated].mean() * share
+        total = total_loss(ce, rate, entropy, lambda1, aim.lambda2)
+        return {"ce": ce, "rate": rate, "entropy": entropy, "loss_ratio": loss_ratio, "total": total}
+
+    def _add_up(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of each term since the last logged step, and λ1, to Trainer's own entry."""
+        steps = max(self.state.global_step - self._summed_from, 1)
+        logs = {**logs, **{name: float(value) / steps for name, value in self._sums.items()}}
+        self._sums, self._summed_from = {}, self.state.global_step
+        if self.objective.routed:
+            logs["lambda1"] = lambda1_at(
+                self.state.global_step / self.state.max_steps, self.objective.lambda1
+            )
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted here: Trainer's count walks every parameter in every step; see efficiency.py."""
+        return 0
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """Nothing is clipped (D-LLM), and an unused norm over all gradients costs milliseconds a step."""
+        return None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A checkpoint holds LoRA and routers together; peft's own saving would leave the routers out."""
+        os.makedirs(output_dir, exist_ok=True)
+        save_file(trainable_state(self.model), os.path.join(output_dir, TRAINABLE_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._summed_from = self.state.global_step
+        load_trainable(model or self.model, os.path.join(resume_from_checkpoint, TRAINABLE_FILE))
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every trainable parameter by name, detached and contiguous."""
+    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable(model: nn.Module, path: str) -> None:
+    """Copy a file of trainable_state into the model; UserError if the two sets of names differ."""
+    saved, own = load_file(path), trainable_state(model)
+    if saved.keys() != own.keys():
+        name = min(saved.keys() ^ own.keys())
+        raise UserError(f"{path} is of another model: {name} is only on one side; delete it and run again.")
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
+
+
+def describe_divergence(model: nn.Module, inputs: Mapping[str, Tensor], step: int) -> str:
+    """One sentence naming the step and the first decoder layer whose output is not finite."""
+    layer = _first_non_finite_layer(model, inputs)
+    where = "after the last layer" if layer is None else f"in layer {layer}"
+    return (
+        f"Training diverged at step {step}: the first non-finite numbers appear {where}; "
+        "lower training.lr or training.router_lr in the profile."
+    )
+
+
+def _first_non_finite_layer(model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
+    bad: list[int] = []
+
+    def watch(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not torch.isfinite(output[0] if isinstance(output, tuple) else output).all():
+                bad.append(index)
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(decoder_of(model).layers)]
+    with torch.no_grad():
+        response_loss(model, **inputs)
+    for handle in handles:
+        handle.remove()
+    return min(bad, default=None)

@@ -1,0 +1,196 @@
+"""Fine-tuning one method on one task (paper, Sec. 4.1): data in, LoRA and routers out, probes on the way.
+
+The recipe is D-LLM's launch script's: AdamW, no gradient clipping, linear warm-up, then cosine to 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from qtale_lib.adaptive import RouterConfig, add_routers, save_routed
+from qtale_lib.base import load_base
+from qtale_lib.data import load_task
+from qtale_lib.data.encoding import collate, encode_all
+from qtale_lib.errors import UserError
+from qtale_lib.probes import ProbeCallback
+from qtale_lib.trainer import Objective, RoutedTrainer, add_lora
+
+__all__ = ["Objective", "RoutedTrainer", "add_lora", "finetune", "prepare_model", "train_rows"]
+
+if TYPE_CHECKING:
+    from qtale_lib.config import Profile
+
+LOGGED_POINTS = 100
+CHECKPOINTS = "checkpoints"
+
+
+def finetune(
+    profile: Profile,
+    task: str,
+    method: str,
+    seed: int,
+    directory: Path,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """Fine-tune and save LoRA and routers to `directory`; a checkpoint found there is gone on from.
+
+    Returns history (one entry per logged point), probes, rows {used, dropped, cut}, steps, epochs, the number of
+    trainable parameters and seconds (all of training, and of that in probes). progress gets the share done.
+    Raises UserError if training diverges or no row fits.
+    """
+    model, tokenizer = load_base(profile)
+    rows, counts = train_rows(profile, task, tokenizer)
+    model = prepare_model(model, profile, method, seed)
+    probe = ProbeCallback(rows[: profile.probes.samples], profile.training.eval_batch_size, seed)
+    callbacks = [probe] if method != "full" else []
+    if progress:
+        callbacks.append(ProgressCallback(progress))
+    trainer = make_trainer(model, tokenizer, rows, profile, method, seed, directory, callbacks)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=_last_checkpoint(directory))
+    seconds = time.monotonic() - started
+    save_routed(model, directory, base=profile.base)
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    return {**_outcome(trainer, counts), "seconds": seconds, "probe_seconds": probe.seconds}
+
+
+def train_rows(
+    profile: Profile, task: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[dict[str, list[int]]], dict[str, int]]:
+    """The encoded training rows of a task and the report {used, dropped, cut}; UserError if none is left."""
+    examples = load_task(task, "train", profile.data_dir)[: profile.limit.train]
+    rows, counts = encode_all(examples, tokenizer, profile.prompt, profile.max_length, profile.overlong)
+    if not rows:
+        raise UserError(
+            f"No training row of {task} fits into max_length {profile.max_length}; raise it, or set overlong: cut."
+        )
+    return rows, counts
+
+
+def prepare_model(model: PreTrainedModel, profile: Profile, method: str, seed: int) -> PeftModel:
+    """The base with routers (not for "full") and LoRA; LoRA starts equal for all methods of a seed."""
+    if method != "full":
+        set_seed(seed)
+        routing = profile.routing
+        add_routers(
+            model,
+            RouterConfig(
+                hidden=routing.hidden,
+                always_run_layers=routing.always_run_layers,
+                always_run_tokens=routing.always_run_tokens,
+                tau=profile.training.tau,
+            ),
+        )
+    set_seed(seed)
+    return add_lora(model, profile.lora)
+
+
+def make_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, list[int]]],
+    profile: Profile,
+    method: str,
+    seed: int,
+    directory: Path,
+    callbacks: list[TrainerCallback],
+) -> RoutedTrainer:
+    """The Trainer of one run, silent on the console."""
+    trainer = RoutedTrainer(
+        model=model,
+        args=trainer_arguments(profile, seed, len(rows), directory),
+        train_dataset=rows,
+        data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id or 0),
+        callbacks=callbacks,
+        objective=Objective.of(method, profile.training),
+        router_lr=profile.training.router_lr,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -> TrainingArguments:
+    """Trainer's arguments for a profile's recipe: no clipping, no reporters, no console, resumable saves."""
+    recipe = profile.training
+    steps = planned_steps(recipe, rows, profile.max_steps)
+    return TrainingArguments(
+        output_dir=str(directory / CHECKPOINTS),
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        num_train_epochs=recipe.epochs,
+        max_steps=profile.max_steps or -1,
+        learning_rate=recipe.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(recipe.warmup_fraction * steps),
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.betas[0],
+        adam_beta2=recipe.betas[1],
+        max_grad_norm=0.0,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        logging_steps=max(1, steps // LOGGED_POINTS),
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if recipe.save_steps else "no",
+        save_steps=recipe.save_steps or 500,
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def planned_steps(recipe: Any, rows: int, max_steps: int | None) -> int:
+    """Optimizer steps of a run over so many training rows."""
+    batches = math.ceil(rows / recipe.batch_size)
+    return max_steps or math.ceil(recipe.epochs * math.ceil(batches / recipe.gradient_accumulation))
+
+
+def _last_checkpoint(directory: Path) -> str | None:
+    folder = directory / CHECKPOINTS
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def _outcome(trainer: RoutedTrainer, counts: dict[str, int]) -> dict[str, Any]:
+    log = trainer.state.log_history
+    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+    return {
+        "history": [entry for entry in log if "ce" in entry],
+        "probes": [entry["probe"] for entry in log if "probe" in entry],
+        "rows": counts,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "trainable_parameters": sum(p.numel() for p in trainable),
+    }
+
+
+class ProgressCallback(TrainerCallback):
+    """Reports the share of steps done about a hundred times a run."""
+
+    def __init__(self, report: Callable[[float], None]) -> None:
+        self.report = report
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by Trainer after every optimizer step."""
+        if state.global_step % max(1, state.max_steps // LOGGED_POINTS) == 0:
+            self.report(state.global_step / state.max_steps)

@@ -1,8 +1,8 @@
 """Data room: one Example schema; the embedded world, or the benchmarks' original files; prompts and encoding.
 
-    >>> from qtale_lib import load_task
-    >>> questions = load_task("arc_easy", "test")                        # the embedded world
-    >>> questions = load_task("arc_easy", "test", data_dir="benchmarks")  # benchmarks/arc_easy/test.jsonl
+>>> from qtale_lib import load_task
+>>> questions = load_task("arc_easy", "test")                        # the embedded world
+>>> questions = load_task("arc_easy", "test", data_dir="benchmarks")  # benchmarks/arc_easy/test.jsonl
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ __all__ = ["BENCHMARKS", "SPLITS", "Example", "Loaded", "data_hash", "load_task"
 def load_task(name: str, split: str, data_dir: str | Path | None = None) -> list[Example]:
     """Examples of a task's "train", "validation", "calibration" or "test" split.
 
-    data_dir None is the embedded world, else the folder that holds <name>/ with the benchmark's original files.
-    Raises UserError, with file, line and reason, for what is missing or damaged.
+    data_dir None is the embedded world, else the folder that holds <name>/ with the benchmark's original
+    files. Raises UserError, with file, line and reason, for what is missing or damaged.
     """
     return read_task(name, split, data_dir).examples
 
@@ -32,14 +32,14 @@ def read_task(name: str, split: str, data_dir: str | Path | None = None) -> Load
     """load_task's examples and their source: file, sha256, rows, cuts (seed, indices), notes."""
     if data_dir is not None:
         return read_split(name, split, data_dir)
-    from qtale_lib.data import microworld  # noqa: PLC0415 the world is built on first use
+    from qtale_lib.data import microworld  # built on first use, and it imports this package
 
     return Loaded(microworld.load(name, split), {"task": name, "file": "embedded world", "notes": []})
 
 
 def subset(examples: list[Example], limit: int | None, seed: int = 0) -> list[Example]:
-    """At most `limit` examples, drawn by a fixed seed over the whole list and kept in its order (files are often
-    sorted by subject, so their first rows are no sample)."""
+    """At most `limit` examples, drawn by a fixed seed over the whole list and kept in its order (files are
+    often sorted by subject, so their first rows are no sample)."""
     if limit is None or limit >= len(examples):
         return list(examples)
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]

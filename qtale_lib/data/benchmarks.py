@@ -1,24 +1,29 @@
-"""The benchmarks' original files: piqa, siqa, winogrande, arc, openbookqa, boolq, mmlu, alpaca under one data_dir.
+"""The benchmarks' original files, one folder per task under one data_dir, as Examples.
 
-A split is what papers report: "test" is the labelled split (PIQA valid, SIQA, WinoGrande and BoolQ dev, the others'
-test); "calibration" is a seeded slice of the training file that "train" leaves out; Alpaca's "test" is cut from its
-one file in the same way. Rows that share a passage, a context or an instruction stay on one side of every cut.
+A split is what papers report: "test" is the labelled split (PIQA valid, SIQA, WinoGrande and BoolQ dev, the
+others' test); "calibration" is a seeded slice of the training file that "train" leaves out; Alpaca's "test"
+is cut from its one file in the same way. Rows that share a passage, a context or an instruction stay on one
+side of every cut.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import random
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from io import StringIO
-from itertools import zip_longest
 from pathlib import Path
 
+from qtale_lib.data.files import (
+    Located,
+    Row,
+    files_of,
+    read_csv_folder,
+    read_json_array,
+    read_jsonl,
+    read_jsonl_with_labels,
+)
 from qtale_lib.data.schema import Example
 from qtale_lib.errors import UserError
 
@@ -27,26 +32,25 @@ CUT_SEED = 0
 CALIBRATION_ROWS = 1000  # at most; never more than a tenth of the training file
 ALPACA_TEST_ROWS = 2000
 
-Row = Mapping | list
-Located = tuple[str, Row]  # ("file, line n", row)
-
 
 @dataclass(frozen=True)
 class Loaded:
-    """Examples of one split, and where they come from: files with sha256 and rows, cuts with seed and indices, notes."""
+    """Examples of one split; source: file, sha256, rows, notes, and cuts (seed, row indices) if made."""
 
     examples: list[Example]
     source: dict
 
 
 def read_split(name: str, split: str, data_dir: str | Path) -> Loaded:
-    """Read one split of one benchmark; UserError names the file, the line and the reason when it cannot be read."""
+    """Read one split of one benchmark; UserError names file, line and reason if it cannot be read."""
     benchmark, folder = BENCHMARKS.get(name), Path(data_dir) / name
     if benchmark is None:
         raise UserError(f'There is no task "{name}"; known: {", ".join(BENCHMARKS)}.')
     if split not in SPLITS:
         raise UserError(f'There is no split "{split}"; use one of {", ".join(SPLITS)}.')
-    source_split = split if split in benchmark.files else _cut_from(name, split, benchmark)
+    if split == "validation" and split not in benchmark.files:
+        raise UserError(f"{name} has no labelled validation file; use calibration rows, cut from train.")
+    source_split = split if split in benchmark.files else "train"
     path = _find(folder, benchmark.files[source_split], name, split)
     examples = _read(name, path, benchmark)
     source = _describe(name, path, folder, examples)
@@ -57,38 +61,26 @@ def read_split(name: str, split: str, data_dir: str | Path) -> Loaded:
     return Loaded([examples[i] for i in _kept(split, len(examples), cuts)], source)
 
 
-def _cut_from(name: str, split: str, benchmark: Benchmark) -> str:
-    if split == "validation":
-        raise UserError(f"{name} has no labelled validation file of its own; use calibration rows cut from train.")
-    assert split == "calibration" or split in benchmark.cut
-    return "train"
-
-
 def _find(folder: Path, patterns: tuple[str, ...], name: str, split: str) -> Path:
     """The largest match of the first pattern that matches anything."""
     for pattern in patterns:
         found = sorted(folder.glob(pattern), key=_bytes)
         if found:
             return found[-1]
-    raise UserError(
-        f"{name}, {split}: no file {' or '.join(patterns)} in {folder}; put the benchmark's original file there."
-    )
+    wanted = " or ".join(patterns)
+    raise UserError(f"{name}, {split}: no {wanted} in {folder}; put the benchmark's original file there.")
 
 
 def _bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in _files(path))
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files_of(path))
 
 
 def _read(name: str, path: Path, benchmark: Benchmark) -> list[Example]:
     examples = []
     for place, row in benchmark.read(path):
         try:
-            parts = benchmark.parse(row)
-            examples.append(Example(id=parts.pop("id", f"{name}/{path.stem}/{len(examples)}"), task=name, **parts))
+            parts = {"id": f"{name}/{path.stem}/{len(examples)}", **benchmark.parse(row)}
+            examples.append(Example(task=name, **parts))
         except KeyError as error:
             raise UserError(f"{place}: the key {error} is missing; restore the original file.") from error
         except (TypeError, ValueError, IndexError) as error:
@@ -101,7 +93,7 @@ def _read(name: str, path: Path, benchmark: Benchmark) -> list[Example]:
 def _describe(name: str, path: Path, folder: Path, examples: list[Example]) -> dict:
     relative, rows = str(path.relative_to(folder)), len(examples)
     digest = hashlib.sha256()
-    for file in _files(path):
+    for file in files_of(path):
         digest.update(file.read_bytes())
     notes = [NOTES[name, relative]] if (name, relative) in NOTES else []
     published = ROWS.get((name, relative))
@@ -124,7 +116,7 @@ def _cuts(name: str, examples: list[Example], benchmark: Benchmark) -> dict[str,
     for split, size in sizes.items():
         names = list(groups)
         random.Random(f"{CUT_SEED} {name} {split}").shuffle(names)
-        wanted, taken = min(size, len(examples) // 10), []
+        wanted, taken = min(size, max(len(examples) // 10, 1)), []
         while len(taken) < wanted:
             taken += groups.pop(names.pop())
         cuts[split] = sorted(taken)
@@ -136,79 +128,6 @@ def _kept(split: str, rows: int, cuts: dict[str, list[int]]) -> list[int]:
         return cuts[split]
     gone = {index for indices in cuts.values() for index in indices}
     return [index for index in range(rows) if index not in gone]
-
-
-# Readers: a path -> (place, row) pairs.
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}); restore the original file.") from error
-
-
-def _lines(path: Path) -> list[str]:
-    return _text(path).rstrip("\n").split("\n")
-
-
-def _jsonl(path: Path) -> Iterator[Located]:
-    for number, line in enumerate(_lines(path), start=1):
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: damaged JSON ({error.msg}); restore the original file.") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: not a JSON object; restore the original file.")
-        yield place, row
-
-
-def _jsonl_with_labels(path: Path) -> Iterator[Located]:
-    """Rows of x.jsonl, each with key "label" from the same line of x-labels.lst."""
-    labels_path = path.with_name(f"{path.stem}-labels.lst")
-    if not labels_path.exists():
-        raise UserError(f"{labels_path} is missing; put the benchmark's label file beside {path.name}.")
-    rows, labels = list(_jsonl(path)), _lines(labels_path)
-    for number, (located, label) in enumerate(zip_longest(rows, labels), start=1):
-        if located is None or label is None:
-            raise UserError(
-                f"{labels_path}, line {number}: {len(labels)} labels for the {len(rows)} rows of {path.name}; "
-                "restore the original files."
-            )
-        if not label.strip().isdigit():
-            raise UserError(f'{labels_path}, line {number}: label "{label}" is not a number; restore the original file.')
-        yield f"{located[0]} (label in {labels_path.name})", {**located[1], "label": int(label)}
-
-
-def _json_array(path: Path) -> Iterator[Located]:
-    """Rows of one JSON array, each with the line on which it starts."""
-    text, decoder, line, counted = _text(path), json.JSONDecoder(), 1, 0
-    mark = re.compile(r"\s*\[\s*").match(text)
-    while mark and mark[0].strip() != "]":
-        line, counted = line + text.count("\n", counted, mark.end()), mark.end()
-        try:
-            row, end = decoder.raw_decode(text, mark.end())
-        except json.JSONDecodeError as error:
-            reason = f"damaged JSON ({error.msg}); restore the original file."
-            raise UserError(f"{path}, line {error.lineno}: {reason}") from error
-        yield f"{path}, line {line}", row
-        mark = re.compile(r"\s*[],]\s*").match(text, end)
-    if not mark:
-        raise UserError(f"{path}, line {text.count(chr(10)) + 1}: not a whole JSON array; restore the original file.")
-
-
-def _csv_folder(path: Path) -> Iterator[Located]:
-    """Rows of every headerless csv of a folder, as [subject, cell, cell, ...]."""
-    for file in _files(path):
-        subject = re.sub("_(dev|val|test)$", "", file.stem).replace("_", " ")
-        reader = csv.reader(StringIO(_text(file), newline=""), strict=True)
-        try:
-            for cells in reader:
-                yield f"{file}, line {reader.line_num}", [subject, *cells]
-        except csv.Error as error:
-            raise UserError(f"{file}, line {reader.line_num}: {error}; restore the original file.") from error
 
 
 # Parsers: a row -> the parts of an Example. KeyError, TypeError and ValueError are told with the row's place.
@@ -329,35 +248,37 @@ def _by(*names: str) -> Callable[[Example], str]:
 _ARC_FILES = {"train": ("train.jsonl",), "validation": ("validation.jsonl",), "test": ("test.jsonl",)}
 BENCHMARKS = {
     "piqa": Benchmark(
-        {"train": ("train.jsonl",), "test": ("valid.jsonl",)}, _jsonl_with_labels, _piqa, _by("goal")
+        {"train": ("train.jsonl",), "test": ("valid.jsonl",)}, read_jsonl_with_labels, _piqa, _by("goal")
     ),
-    "boolq": Benchmark({"train": ("train.jsonl",), "test": ("dev.jsonl",)}, _jsonl, _boolq, _by("passage")),
+    "boolq": Benchmark(
+        {"train": ("train.jsonl",), "test": ("dev.jsonl",)}, read_jsonl, _boolq, _by("passage")
+    ),
     "siqa": Benchmark(
-        {"train": ("train.jsonl",), "test": ("dev.jsonl",)}, _jsonl_with_labels, _siqa, _by("context")
+        {"train": ("train.jsonl",), "test": ("dev.jsonl",)}, read_jsonl_with_labels, _siqa, _by("context")
     ),
-    "arc_easy": Benchmark(_ARC_FILES, _jsonl, _arc, _by("question")),
-    "arc_challenge": Benchmark(_ARC_FILES, _jsonl, _arc, _by("question")),
+    "arc_easy": Benchmark(_ARC_FILES, read_jsonl, _arc, _by("question")),
+    "arc_challenge": Benchmark(_ARC_FILES, read_jsonl, _arc, _by("question")),
     "winogrande": Benchmark(
         {"train": ("train_[xsml]*.jsonl",), "test": ("dev.jsonl",)},
-        _jsonl,
+        read_jsonl,
         _winogrande,
         lambda example: example.id.rsplit("-", 1)[0],  # twin sentences share a qID up to its last number
     ),
     "openbookqa": Benchmark(
         {"train": ("train.jsonl",), "validation": ("dev.jsonl",), "test": ("test.jsonl",)},
-        _jsonl,
+        read_jsonl,
         _openbookqa,
         _by("question"),
     ),
     "mmlu": Benchmark(
         {"train": ("auxiliary_train", "dev"), "validation": ("val",), "test": ("test",)},
-        _csv_folder,
+        read_csv_folder,
         _mmlu,
         _by("subject", "question"),
     ),
     "alpaca": Benchmark(
         {"train": ("train.json", "alpaca_data.json")},
-        _json_array,
+        read_json_array,
         _alpaca,
         _by("instruction"),
         cut={"test": ALPACA_TEST_ROWS},

@@ -1,8 +1,8 @@
 """How an Example becomes text: two prompt styles, each a table of templates by task.
 
-"compact": a short line in plain words, answered with the option's own text. The embedded base is pretrained on it.
-"dllm": the instruction format of D-LLM's fine-tuning (Alpaca's wrapper around a task description), answered with
-the option's label. The wrapper is Alpaca's; the task descriptions are in our own words.
+"compact": a short line in plain words, answered with the option's own text. The embedded base is pretrained
+on it. "dllm": the instruction format of D-LLM's fine-tuning (Alpaca's wrapper around a task description),
+answered with the option's label. The wrapper is Alpaca's; the task descriptions are in our own words.
 
 The text fed to a model is always prompt + " " + continuation.
 """
@@ -33,7 +33,8 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 
@@ -46,7 +47,8 @@ DLLM = {
         "12",
     ),
     "boolq": (
-        'Read a passage and decide whether the answer to the question about it is yes or no. Answer with "yes" or "no".',
+        "Read a passage and decide whether the answer to the question about it is yes or no. "
+        'Answer with "yes" or "no".',
         "Passage: {passage}\n\nQuestion: {question}?",
         ("yes", "no"),
     ),
@@ -67,13 +69,13 @@ DLLM = {
         "ABCDE",
     ),
     "winogrande": (
-        "Choose the option that the blank (_) in a sentence stands for. "
-        'Answer with "1" or "2".',
+        'Choose the option that the blank (_) in a sentence stands for. Answer with "1" or "2".',
         "Sentence: {sentence}\n\nOptions:\n{options}",
         "12",
     ),
     "openbookqa": (
-        "Choose the right answer to a question that takes a science fact and common sense. Answer with its letter.",
+        "Choose the right answer to a question that takes a science fact and common sense. "
+        "Answer with its letter.",
         "Question: {question}\n\nAnswers:\n{options}",
         "ABCD",
     ),
@@ -87,7 +89,7 @@ DLLM = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """prompt; one continuation per choice (none for alpaca); target: the right continuation, or the response."""
+    """prompt; one continuation per choice (none for alpaca); target: the right one, or the response."""
 
     prompt: str
     continuations: tuple[str, ...]
@@ -95,16 +97,16 @@ class Rendered:
 
 
 def render(example: Example, style: str = "compact") -> Rendered:
-    """Text of one example in the "compact" or the "dllm" style; UserError for another style or an unknown task."""
+    """Text of one example in the "compact" or the "dllm" style; UserError for another style or task."""
     if style not in STYLES:
         raise UserError(f'There is no prompt style "{style}"; use one of {", ".join(STYLES)}.')
     if example.task not in COMPACT:
-        raise UserError(f'There is no prompt template for task "{example.task}"; known: {", ".join(COMPACT)}.')
+        raise UserError(f'There is no prompt for task "{example.task}"; known: {", ".join(COMPACT)}.')
     return STYLES[style](example)
 
 
 def _compact(example: Example) -> Rendered:
-    template = COMPACT[example.task] if example.fields.get("input", "-") else COMPACT_WITHOUT_INPUT
+    template = COMPACT_WITHOUT_INPUT if example.fields.get("input") == "" else COMPACT[example.task]
     prompt = template.format(**example.fields, options=" ; ".join(example.choices))
     return Rendered(prompt, example.choices, example.response)
 

@@ -1,4 +1,6 @@
-"""One schema for every task's rows: the embedded world, the benchmarks' original files and the hub give the same Example."""
+"""One schema for every task's rows: the embedded world, the benchmarks' original files and the hub give the
+same Example.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ from dataclasses import dataclass
 class Example:
     """One question with its options, or one instruction with its response.
 
-    fields: the original row's text, normalised to these keys: piqa {goal}; boolq {passage, question}; siqa {context,
-    question}; arc_easy, arc_challenge, openbookqa {question}; winogrande {sentence} with one "_"; mmlu {subject,
-    question}; alpaca {instruction, input}. As in the originals, a boolq question carries no question mark.
-    choices, answer: the options' own texts and the index of the right one; () and None for alpaca.
-    response: the text a model is to give; left empty, it becomes choices[answer].
-    facts: ids of the embedded world's facts that the row rests on; () for other data.
+    fields: the original row's text, normalised to these keys: piqa {goal}; boolq {passage, question}; siqa
+    {context, question}; arc_easy, arc_challenge, openbookqa {question}; winogrande {sentence} with one "_";
+    mmlu {subject, question}; alpaca {instruction, input}. As in the originals, a boolq question carries no
+    question mark. choices, answer: the options' own texts and the index of the right one; () and None for
+    alpaca. response: the text a model is to give; left empty, it becomes choices[answer]. facts: ids of the
+    embedded world's facts that the row rests on; () for other data.
     """
 
     id: str

@@ -1,0 +1,305 @@
+"""The nine tasks asked of the embedded world, as Examples in the formats of the originals.
+
+A task is a list of *forms*: a form knows the kind of entity it asks about and makes one Example from such
+an entity. The examples of a split are every (form, entity) pair of that split, shuffled, and repeated with
+fresh distractors until `COUNTS` is reached. Right answers take every position equally often; distractors
+are drawn from the same balanced values as answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from qtale_lib.data.microworld import words
+from qtale_lib.data.microworld.world import ATTRIBUTES, SEED, Entity, World, build_world
+from qtale_lib.data.schema import Example
+
+COUNTS = {"train": 4000, "validation": 1000, "calibration": 600, "test": 2400}
+EVENTS = tuple(words.PHYSICAL_EVENTS)
+GOALS = tuple(words.PHYSICAL_GOALS)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to ask: the `kind` of entity asked about, and how; the slot places the right answer."""
+
+    kind: str
+    make: Callable[[World, random.Random, Entity, int], Example]
+
+
+def _choose(
+    rng: random.Random, right: str, others: Sequence[str], count: int, slot: int
+) -> tuple[tuple[str, ...], int]:
+    """`count` different choices with `right` at position slot mod count."""
+    wrong = rng.sample([other for other in others if other != right], count - 1)
+    position = slot % count
+    return (*wrong[:position], right, *wrong[position:]), position
+
+
+def _one_hop(task: str, kind: str, attribute: str, question: str, subject: str = "") -> Form:
+    def make(world: World, rng: random.Random, entity: Entity, slot: int) -> Example:
+        right = world.value(entity, attribute)
+        choices, answer = _choose(rng, right, ATTRIBUTES[kind][attribute], 4, slot)
+        fields = {"question": question.format(name=entity.name)}
+        if subject:
+            fields["subject"] = subject
+        return Example("", task, fields, choices, answer, facts=(entity.fact(attribute),))
+
+    return Form(kind, make)
+
+
+def _two_hop(task: str, relation: str, attribute: str, question: str, subject: str = "") -> Form:
+    def make(world: World, rng: random.Random, person: Entity, slot: int) -> Example:
+        middle = world.value(person, relation)
+        choices, answer = _choose(
+            rng, world.value(middle, attribute), ATTRIBUTES[middle.kind][attribute], 4, slot
+        )
+        fields = {"question": question.format(name=person.name)}
+        if subject:
+            fields["subject"] = subject
+        return Example(
+            "", task, fields, choices, answer, facts=(person.fact(relation), middle.fact(attribute))
+        )
+
+    return Form("person", make)
+
+
+def _openbookqa(event: str) -> Form:
+    def make(world: World, rng: random.Random, thing: Entity, slot: int) -> Example:
+        right = world.outcomes[world.value(thing, "material"), event]
+        choices, answer = _choose(rng, right, words.PHYSICAL_EVENTS[event], 4, slot)
+        question = f"The {thing.name} was {event}. What happened?"
+        return Example(
+            "", "openbookqa", {"question": question}, choices, answer, facts=(thing.fact("material"),)
+        )
+
+    return Form("thing", make)
+
+
+def _piqa(goal: str) -> Form:
+    def make(world: World, rng: random.Random, thing: Entity, slot: int) -> Example:
+        right = world.tools[world.value(thing, "material"), goal]
+        tools, answer = _choose(rng, right, words.PHYSICAL_GOALS[goal], 2, slot)
+        solutions = tuple(f"use the {tool}" for tool in tools)
+        return Example(
+            "",
+            "piqa",
+            {"goal": f"{goal} the {thing.name}."},
+            solutions,
+            answer,
+            facts=(thing.fact("material"),),
+        )
+
+    return Form("thing", make)
+
+
+def _siqa(event: str) -> Form:
+    def make(world: World, rng: random.Random, person: Entity, slot: int) -> Example:
+        right = world.feelings[world.value(person, "temper"), event]
+        choices, answer = _choose(rng, right, words.FEELINGS, 3, slot)
+        fields = {"context": f"{person.name} {event}.", "question": "How does this person feel?"}
+        return Example("", "siqa", fields, choices, answer, facts=(person.fact("temper"),))
+
+    return Form("person", make)
+
+
+def _winogrande(attribute: str, clause: str) -> Form:
+    def make(world: World, rng: random.Random, person: Entity, slot: int) -> Example:
+        value = world.value(person, attribute)
+        while world.value(other := rng.choice(world.of("person", person.split)), attribute) == value:
+            pass
+        pair = (person, other) if slot % 2 == 0 else (other, person)
+        named = (
+            pair if rng.random() < 0.5 else pair[::-1]
+        )  # the order in the sentence says nothing about the answer
+        sentence = f"{named[0].name} met {named[1].name}, and _ {clause.format(value=value)}."
+        facts = (person.fact(attribute), other.fact(attribute))
+        return Example(
+            "", "winogrande", {"sentence": sentence}, tuple(p.name for p in pair), slot % 2, facts=facts
+        )
+
+    return Form("person", make)
+
+
+def _boolq(kind: str, attribute: str, passage: str, question: str, by_name: bool = False) -> Form:
+    """Yes/no about what a passage and a remembered fact say together; every second answer is yes."""
+
+    def make(world: World, rng: random.Random, entity: Entity, slot: int) -> Example:
+        value = world.value(entity, attribute)
+        others = world.of("town", entity.split) if by_name else ATTRIBUTES[kind][attribute]
+        said = value if slot % 2 == 0 else rng.choice([other for other in others if other != value])
+        guest = rng.choice(world.of("person", entity.split))
+        text = {"name": entity.name, "guest": guest.name, "said": said.name if by_name else said}
+        fields = {"passage": passage.format(**text), "question": question.format(**text)}
+        return Example("", "boolq", fields, ("yes", "no"), slot % 2, facts=(entity.fact(attribute),))
+
+    return Form(kind, make)
+
+
+def _boolq_physics(event: str) -> Form:
+    def make(world: World, rng: random.Random, thing: Entity, slot: int) -> Example:
+        happened = world.outcomes[world.value(thing, "material"), event]
+        others = [outcome for outcome in words.PHYSICAL_EVENTS[event] if outcome != happened]
+        said = happened if slot % 2 == 0 else rng.choice(others)
+        fields = {"passage": f"The {thing.name} was {event}.", "question": f"is it true that it {said}"}
+        return Example("", "boolq", fields, ("yes", "no"), slot % 2, facts=(thing.fact("material"),))
+
+    return Form("thing", make)
+
+
+def _name_of(value: str | Entity) -> str:
+    return value.name if isinstance(value, Entity) else value
+
+
+def _alpaca(kind: str, instruction: str, response: str, attributes: Sequence[str], given: str = "") -> Form:
+    """Instruction about an entity; a dotted attribute goes over a relation (`friend.trade`)."""
+
+    def make(world: World, rng: random.Random, entity: Entity, slot: int) -> Example:
+        text, facts = {"name": entity.name}, []
+        for attribute in attributes:
+            holder = entity
+            for step in attribute.split("."):
+                facts.append(holder.fact(step))
+                holder = world.value(holder, step)
+            text[attribute.replace(".", "_")] = _name_of(holder)
+        fields = {"instruction": instruction.format(**text), "input": given.format(**text)}
+        return Example(
+            "", "alpaca", fields, response=response.format(**text), facts=tuple(dict.fromkeys(facts))
+        )
+
+    return Form(kind, make)
+
+
+FORMS: dict[str, tuple[Form, ...]] = {
+    "piqa": tuple(_piqa(goal) for goal in GOALS),
+    "boolq": (
+        _boolq("person", "fruit", "{name} shared fruit with {guest}.", "did {guest} get {said}"),
+        _boolq("person", "instrument", "{guest} heard {name} play.", "did {guest} hear the {said}"),
+        _boolq(
+            "person",
+            "home",
+            "{guest} moved to the home town of {name}.",
+            "does {guest} live in {said}",
+            by_name=True,
+        ),
+        *(_boolq_physics(event) for event in EVENTS[:3]),
+    ),
+    "siqa": tuple(_siqa(event) for event in words.SOCIAL_EVENTS),
+    "arc_easy": (
+        _one_hop("arc_easy", "person", "trade", "What is the trade of {name}?"),
+        _one_hop("arc_easy", "person", "fruit", "Which fruit does {name} like?"),
+        _one_hop("arc_easy", "person", "instrument", "What does {name} play?"),
+        _one_hop("arc_easy", "animal", "food", "What does the {name} eat?"),
+        _one_hop("arc_easy", "animal", "habitat", "Where does the {name} live?"),
+        _one_hop("arc_easy", "town", "export", "What does {name} sell?"),
+        _one_hop("arc_easy", "thing", "material", "What is the {name} made of?"),
+    ),
+    "arc_challenge": (
+        _two_hop("arc_challenge", "home", "climate", "What is the climate in the home town of {name}?"),
+        _two_hop("arc_challenge", "home", "export", "What does the home town of {name} sell?"),
+        _two_hop("arc_challenge", "friend", "trade", "What is the trade of the friend of {name}?"),
+        _two_hop("arc_challenge", "friend", "fruit", "Which fruit does the friend of {name} like?"),
+        _two_hop("arc_challenge", "possession", "material", "What is the possession of {name} made of?"),
+    ),
+    "winogrande": (
+        _winogrande("fruit", "bought {value}"),
+        _winogrande("instrument", "played the {value}"),
+        _winogrande("trade", "worked as a {value}"),
+    ),
+    "openbookqa": tuple(_openbookqa(event) for event in EVENTS),
+    "mmlu": (
+        _one_hop("mmlu", "person", "trade", "{name} works as a", "sociology"),
+        _one_hop("mmlu", "person", "instrument", "{name} plays the", "music"),
+        _one_hop("mmlu", "person", "temper", "The temper of {name} is", "psychology"),
+        _one_hop("mmlu", "town", "region", "{name} lies in", "geography"),
+        _one_hop("mmlu", "town", "climate", "The climate of {name} is", "meteorology"),
+        _one_hop("mmlu", "town", "export", "{name} trades in", "economics"),
+        _one_hop("mmlu", "animal", "food", "The {name} feeds on", "nutrition"),
+        _one_hop("mmlu", "animal", "habitat", "The {name} is found in the", "ecology"),
+        _one_hop("mmlu", "animal", "colour", "The colour of the {name} is", "zoology"),
+        _one_hop("mmlu", "thing", "material", "The {name} consists of", "chemistry"),
+        _one_hop("mmlu", "thing", "maker", "The {name} was made by the", "history"),
+        _two_hop("mmlu", "home", "region", "{name} lives in the region of", "politics"),
+    ),
+    "alpaca": (
+        _alpaca(
+            "person",
+            "Describe {name}.",
+            "{name} is a {temper} {trade} who likes {fruit}.",
+            ("temper", "trade", "fruit"),
+        ),
+        _alpaca(
+            "person",
+            "Where does {name} live?",
+            "{name} lives in {home}, a {home_climate} town.",
+            ("home", "home.climate"),
+        ),
+        _alpaca(
+            "person",
+            "Introduce the friend of {name}.",
+            "The friend of {name} is {friend}, a {friend_trade}.",
+            ("friend", "friend.trade"),
+        ),
+        _alpaca(
+            "person",
+            "Name the instrument of this person.",
+            "{name} plays the {instrument}.",
+            ("instrument",),
+            "{name}",
+        ),
+        _alpaca(
+            "person", "Say what this person owns.", "{name} owns the {possession}.", ("possession",), "{name}"
+        ),
+        _alpaca(
+            "town",
+            "Tell me about {name}.",
+            "{name} is a {climate} town in {region} that sells {export}.",
+            ("climate", "region", "export"),
+        ),
+        _alpaca(
+            "animal",
+            "Describe the {name}.",
+            "The {name} is {colour}, eats {food} and lives in the {habitat}.",
+            ("colour", "food", "habitat"),
+        ),
+        _alpaca(
+            "thing",
+            "Who made the {name}?",
+            "The {name} is made of {material} and was made by a {maker}.",
+            ("material", "maker"),
+        ),
+    ),
+}
+
+
+@lru_cache(maxsize=64)
+def examples(task: str, split: str) -> tuple[Example, ...]:
+    """All examples of a task in a split: the same in every process."""
+    world = build_world()
+    rng = random.Random(f"{SEED}.{task}.{split}")
+    pairs = [(form, entity) for form in FORMS[task] for entity in world.of(form.kind, split)]
+    order: list[tuple[Form, Entity]] = []
+    while len(order) < COUNTS[split]:
+        order += rng.sample(pairs, len(pairs))
+    made = (form.make(world, rng, entity, slot) for slot, (form, entity) in enumerate(order[: COUNTS[split]]))
+    return tuple(replace(example, id=f"{task}-{split}-{slot}") for slot, example in enumerate(made))
+
+
+def practice_example(world: World, rng: random.Random, task: str) -> Example:
+    """One example about a practice entity: what pretraining shows of the question formats."""
+    form = rng.choice(FORMS[task])
+    return form.make(world, rng, rng.choice(world.of(form.kind, "practice")), rng.randrange(12))
+
+
+def fingerprint() -> str:
+    """sha256 over every example as text: tells whether a base model was pretrained on this very world."""
+    digest = hashlib.sha256()
+    for task in FORMS:
+        for split in COUNTS:
+            for example in examples(task, split):
+                digest.update(repr(example).encode())
+    return digest.hexdigest()

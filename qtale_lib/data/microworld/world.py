@@ -1,0 +1,147 @@
+"""The embedded world: entities, their attributes and relations, and physical and social rules.
+
+Everything is drawn once from one seed. Values are balanced (each value of an attribute occurs equally
+often, up to rounding), so knowing how common an answer is helps nobody. Every entity belongs to one split;
+relations of the four fine-tuning splits stay inside their split, so a fact that a test question needs never
+occurs in a training question. The *practice* split exists for pretraining alone: its questions teach the
+base model the formats.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+
+from qtale_lib.data.microworld import words
+
+SEED = 2602
+SPLIT_SHARES = {"practice": 0.38, "train": 0.25, "validation": 0.08, "calibration": 0.07, "test": 0.22}
+ENTITY_COUNTS = {"person": 2400, "town": 600, "animal": 500, "thing": 600}
+NAMES = {
+    "person": (words.FIRST_NAMES, words.LAST_NAMES),
+    "town": (words.TOWN_FIRST, words.TOWN_SECOND),
+    "animal": (words.ANIMAL_FIRST, words.ANIMAL_SECOND),
+    "thing": (words.THING_FIRST, words.THING_SECOND),
+}
+ATTRIBUTES = {
+    "person": {
+        "trade": words.TRADES,
+        "fruit": words.FRUITS,
+        "instrument": words.INSTRUMENTS,
+        "temper": words.TEMPERS,
+    },
+    "town": {"region": words.REGIONS, "climate": words.CLIMATES, "export": words.EXPORTS},
+    "animal": {"food": words.FOODS, "habitat": words.HABITATS, "colour": words.COLOURS},
+    "thing": {"material": words.MATERIALS, "maker": words.MAKERS},
+}
+RELATIONS = {"person": {"home": "town", "friend": "person", "possession": "thing"}}
+
+
+@dataclass(frozen=True)
+class Entity:
+    """One named individual; `frequency` is its relative share of the pretraining statements."""
+
+    kind: str
+    index: int
+    name: str
+    split: str
+    frequency: float
+
+    def fact(self, attribute: str) -> str:
+        """The id of the fact that links this entity to its value, e.g. `person:17.trade`."""
+        return f"{self.kind}:{self.index}.{attribute}"
+
+
+@dataclass
+class World:
+    """All entities (by kind), their values (by fact id) and the rules."""
+
+    entities: dict[str, list[Entity]] = field(default_factory=dict)
+    values: dict[str, str | Entity] = field(default_factory=dict)
+    outcomes: dict[tuple[str, str], str] = field(default_factory=dict)  # (material, event) -> outcome
+    tools: dict[tuple[str, str], str] = field(default_factory=dict)  # (material, goal) -> tool
+    feelings: dict[tuple[str, str], str] = field(default_factory=dict)  # (temper, social event) -> feeling
+
+    def value(self, entity: Entity, attribute: str) -> str | Entity:
+        """The value of an attribute (a word) or of a relation (an Entity)."""
+        return self.values[entity.fact(attribute)]
+
+    def of(self, kind: str, split: str) -> list[Entity]:
+        """The entities of a kind that belong to a split."""
+        return [entity for entity in self.entities[kind] if entity.split == split]
+
+
+def _balanced(rng: random.Random, values: Sequence[str], count: int) -> list[str]:
+    """`count` values in random order, each equally often up to one."""
+    drawn = [values[i % len(values)] for i in range(count)]
+    rng.shuffle(drawn)
+    return drawn
+
+
+def _make_entities(rng: random.Random, kind: str) -> list[Entity]:
+    first, second = NAMES[kind]
+    names = rng.sample([" ".join(pair) for pair in product(first, second)], ENTITY_COUNTS[kind])
+    bounds, total = [], 0.0
+    for split, share in SPLIT_SHARES.items():
+        total += share
+        bounds.append((split, round(total * len(names))))
+    entities = []
+    for index, name in enumerate(names):
+        split = next(split for split, bound in bounds if index < bound)
+        # Some facts are met ten times as often as others: the model holds the rare ones weakly.
+        frequency = 1.0 / (1.0 + 9.0 * rng.random())
+        entities.append(Entity(kind, index, name, split, frequency))
+    return entities
+
+
+def _draw_attributes(rng: random.Random, world: World) -> None:
+    for kind, attributes in ATTRIBUTES.items():
+        for attribute, values in attributes.items():
+            for split in SPLIT_SHARES:
+                members = world.of(kind, split)
+                for entity, value in zip(members, _balanced(rng, values, len(members)), strict=True):
+                    world.values[entity.fact(attribute)] = value
+
+
+def _draw_relations(rng: random.Random, world: World) -> None:
+    for kind, relations in RELATIONS.items():
+        for relation, target_kind in relations.items():
+            for split in SPLIT_SHARES:
+                members = world.of(kind, split)
+                # Practice relations reach into every split: pretraining may exercise any second hop.
+                pool = world.entities[target_kind] if split == "practice" else world.of(target_kind, split)
+                targets = _balanced(rng, rng.sample(pool, len(pool)), len(members))
+                for entity, target in zip(members, targets, strict=True):
+                    while target is entity:
+                        target = rng.choice(pool)
+                    world.values[entity.fact(relation)] = target
+
+
+def _draw_rules(rng: random.Random, world: World) -> None:
+    for table, effects in ((world.outcomes, words.PHYSICAL_EVENTS), (world.tools, words.PHYSICAL_GOALS)):
+        for cause, results in effects.items():
+            for material, result in zip(
+                words.MATERIALS, _balanced(rng, results, len(words.MATERIALS)), strict=True
+            ):
+                table[material, cause] = result
+    for event in words.SOCIAL_EVENTS:
+        for temper, feeling in zip(
+            words.TEMPERS, rng.sample(words.FEELINGS, len(words.FEELINGS)), strict=True
+        ):
+            world.feelings[temper, event] = feeling
+
+
+@lru_cache(maxsize=1)
+def build_world() -> World:
+    """The world of `SEED`: the same in every process and on every platform."""
+    rng = random.Random(SEED)
+    world = World()
+    for kind in ENTITY_COUNTS:
+        world.entities[kind] = _make_entities(rng, kind)
+    _draw_attributes(rng, world)
+    _draw_relations(rng, world)
+    _draw_rules(rng, world)
+    return world

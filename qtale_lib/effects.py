@@ -1,0 +1,187 @@
+"""Effects behind the paper's claims: what each fine-tuning in the run store says about a contrast.
+
+Effects on answers are gains: accuracy points, or percent of perplexity (100 x log PPL, lower PPL is a gain).
+`paper_effect` takes the same contrast from the numbers that the paper prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import log
+
+import numpy as np
+import pandas as pd
+
+from qtale_lib import paper
+from qtale_lib.measurements import LOWEST_LAYERS, USUAL_RULE, Measurements, group_of
+from qtale_lib.statistics import Run
+
+Contrast = dict[tuple[str, int, str], float]  # (method, bits, rule that sets theta) -> weight
+Probes = dict[str, pd.DataFrame]  # method -> probes of its routed layers in one fine-tuning
+
+EARLY = 0.3  # "the first three epochs of a 10-epoch training" (Sec. 3.1)
+NOISE_BATCHES, NOISE_DRAWS = 10, 20_000
+
+
+# Contrasts of evaluations (Tables 1-4).
+
+
+def contrast_runs(store: Measurements, contrast: Contrast, group: str, measure: str) -> list[Run]:
+    """One Run per task of the group and seed for which every cell of the contrast was evaluated.
+
+    `measure` is "score" (a gain), "execution_ratio" or "loss_ratio" (points).
+    """
+    tasks = [task for task in store.profile.tasks if group_of(task) == group]
+    pairs = [(task, seed) for task in tasks for seed in store.profile.seeds]
+    runs = [_contrast_run(store, contrast, task, seed, measure) for task, seed in pairs]
+    return [run for run in runs if run is not None]
+
+
+def _contrast_run(store: Measurements, contrast: Contrast, task: str, seed: int, measure: str) -> Run | None:
+    cells = [(task, method, seed, bits, rule) for method, bits, rule in contrast]
+    if not all(cell in store.answers for cell in cells):
+        return None
+    answers, weights = [store.answers[cell] for cell in cells], list(contrast.values())
+    if measure != "score":
+        values = [getattr(answer, measure) for answer in answers]
+        return None if None in values else Run(task, seed, 100 * float(np.dot(weights, values)))
+    shares = [answer.scores * answer.weights / answer.weights.mean() for answer in answers]
+    gains = _sign(group_of(task)) * np.dot(weights, shares)
+    return Run(task, seed, float(gains.mean()), gains, answers[0].clusters)
+
+
+def _sign(group: str) -> float:
+    return -1.0 if group == "alpaca" else 1.0
+
+
+def paper_rule(method: str, bits: int) -> str:
+    """How Tables 1-3 of the paper set theta: QTALE's is searched once the model is quantized."""
+    return "searched" if method == "qtale" and bits < 16 else USUAL_RULE[method]
+
+
+def paper_effect(contrast: Contrast, group: str, measure: str) -> float | None:
+    """The contrast in the paper's tables, mean over its two models; None where a cell is not printed."""
+    keys = [[(measure, model, group, *cell) for cell in contrast] for model in paper.MODELS.values()]
+    if not all(key in _printed() for row in keys for key in row):
+        return None
+    values = [np.dot(list(contrast.values()), [_printed()[key] for key in row]) for row in keys]
+    return (_sign(group) if measure == "score" else 100.0) * float(np.mean(values))
+
+
+@lru_cache(maxsize=1)
+def _printed() -> dict[tuple, float]:
+    """What the paper prints, keyed (measure, model, group, method, bits, rule); PPL as 100 x log PPL."""
+    found: dict[tuple, float] = {}
+    names = {"avg": "csqa", "mmlu": "mmlu", "alpaca_ppl": "alpaca"}
+    for row in paper.accuracy().query("task in @names").itertuples():
+        cell = (names[row.task], row.method, row.bits, paper_rule(row.method, row.bits))
+        found["score", row.model, *cell] = _score(names[row.task], row.value)
+    for row in paper.efficiency().itertuples():
+        cell = (row.task, row.method, row.bits, paper_rule(row.method, row.bits))
+        found["execution_ratio", row.model, *cell] = row.relative
+    for row in paper.ablation().itertuples():
+        method = "qtale" if row.entropy_loss == "yes" else "dllm"
+        cell = (row.model, row.task, method, 4, "argmax" if row.theta == "0.5" else "searched")
+        found["score", *cell] = _score(row.task, row.value)
+        found["execution_ratio", *cell] = row.execution_ratio
+    return found
+
+
+def _score(group: str, value: float) -> float:
+    return 100 * log(value) if group == "alpaca" else value
+
+
+# Probes of the routers (Figures 2, 3, 5-7).
+
+
+def probe_runs(store: Measurements, effect: Callable[[Probes], float], methods: tuple[str, ...]) -> list[Run]:
+    """`effect` of every commonsense fine-tuning for which all `methods` were probed before and after."""
+    frame = store.layers[store.layers.flip_expected.notna()]
+    runs = []
+    for (task, seed), part in frame.groupby(["task", "seed"]):
+        probes = {method: part[part.method == method] for method in methods}
+        if group_of(task) == "csqa" and all(probe.epoch.nunique() > 1 for probe in probes.values()):
+            runs.append(Run(task, int(seed), float(effect(probes))))
+    return runs
+
+
+def _course(probe: pd.DataFrame, column: str) -> tuple[float, float, float]:
+    """Mean over a method's own three lowest layers: before training, after 3/10 of it, at its end.
+
+    Shares come in percent. The layers are each method's own: those that D-LLM's outcome picks would favour a
+    difference between the methods even where there is none.
+    """
+    final = probe[probe.epoch == probe.epoch.max()]
+    lowest = final.nsmallest(LOWEST_LAYERS, "ratio").layer
+    means = probe[probe.layer.isin(lowest)].groupby("epoch")[column].mean()
+    means *= 1.0 if column.endswith("gap") else 100.0
+    early = np.abs(means.index - EARLY * means.index.max()).argmin()
+    return means.iloc[0], means.iloc[early], means.iloc[-1]
+
+
+def at_end(column: str) -> Callable[[Probes], float]:
+    """D-LLM's lowest layers at the last epoch."""
+    return lambda probes: _course(probes["dllm"], column)[2]
+
+
+def change(column: str) -> Callable[[Probes], float]:
+    """D-LLM's lowest layers: last epoch minus epoch 0."""
+
+    def effect(probes: Probes) -> float:
+        start, _, end = _course(probes["dllm"], column)
+        return end - start
+
+    return effect
+
+
+def early_fall(column: str) -> Callable[[Probes], float]:
+    """D-LLM's lowest layers: fall in the first 3/10 of training minus the fall after it."""
+
+    def effect(probes: Probes) -> float:
+        start, early, end = _course(probes["dllm"], column)
+        return (start - early) - (early - end)
+
+    return effect
+
+
+def difference(column: str) -> Callable[[Probes], float]:
+    """QTALE's lowest layers minus D-LLM's lowest layers at the last epoch."""
+    return lambda probes: _course(probes["qtale"], column)[2] - _course(probes["dllm"], column)[2]
+
+
+def unevenness(probes: Probes) -> float:
+    """Spread over layers of the share of routed tokens (points), last epoch: QTALE minus D-LLM."""
+    final = {method: probe[probe.epoch == probe.epoch.max()] for method, probe in probes.items()}
+    return 100 * float(final["qtale"].routed_ratio.std() - final["dllm"].routed_ratio.std())
+
+
+# The noise itself (Figure 4): batches of draws stand where fine-tunings stand elsewhere.
+
+
+def noise_runs(statistic: Callable[[np.ndarray], float]) -> list[Run]:
+    """`statistic` of each of ten batches [draws, 2] of the suite's own Gumbel(0, 1) noise."""
+    return [Run("noise", i, float(statistic(batch))) for i, batch in enumerate(noise_batches())]
+
+
+@lru_cache(maxsize=1)
+def noise_batches() -> np.ndarray:
+    """Draws of Gumbel(0, 1), [batches, draws, 2], the same on every call."""
+    import torch
+
+    from qtale_lib.routing import gumbel
+
+    generator = torch.Generator().manual_seed(0)
+    return gumbel((NOISE_BATCHES, NOISE_DRAWS, 2), generator).numpy()
+
+
+def mode(noise: np.ndarray) -> float:
+    """Peak of a histogram of 0.1-wide bins, smoothed over five bins."""
+    counts, edges = np.histogram(noise, bins=np.linspace(-2.05, 2.05, 42))
+    smooth = np.convolve(counts, np.ones(5), mode="same")
+    return float((edges[:-1] + edges[1:])[smooth.argmax()] / 2)
+
+
+def flips_at(gap: float) -> Callable[[np.ndarray], float]:
+    """Percent of decisions that noise [draws, 2] turns over when the logits are `gap` apart."""
+    return lambda noise: 100 * float(np.mean(noise[:, 1] - noise[:, 0] > gap))

@@ -1,0 +1,147 @@
+"""Claims on made-up results whose truth is known, and the paper's own effects against hand-worked numbers."""
+
+from __future__ import annotations
+
+from math import isnan, log
+
+import numpy as np
+import pytest
+from fake_lab import RULES, FakeLab
+
+from qtale_lib import effects
+from qtale_lib.claims import CLAIMS, NOISE_CLAIMS, tally, verdicts
+from qtale_lib.measurements import Measurements
+from qtale_lib.statistics import NOT_SHOWN, NOT_TESTABLE, SHOWN, Run
+
+MEASURED = [claim.id for claim in CLAIMS if claim not in NOISE_CLAIMS]
+
+
+def judged(**lab) -> dict:
+    """Verdict words by claim, on a lab of these settings."""
+    frame = verdicts(Measurements(FakeLab(**lab)))
+    return dict(zip(frame.id, frame.verdict, strict=True))
+
+
+def effect(contrast, group, **lab) -> float:
+    """Mean effect of a contrast of scores on a lab of these settings."""
+    runs = effects.contrast_runs(Measurements(FakeLab(**lab)), contrast, group, "score")
+    return float(np.mean([run.effect for run in runs]))
+
+
+def test_a_lab_like_the_paper_shows_its_claims():
+    words = judged(seeds=[0, 1, 2])
+    for claim in ("T1 D-LLM loses more, 4 bits, CSQA", "T1 D-LLM loses more, 3 bits, Alpaca", "T1 gap to Full, CSQA",
+                  "T1 QTALE recovers, 3 bits, MMLU", "T4 θ helps, CSQA", "T4 θ control, CSQA", "T4 entropy helps, CSQA",
+                  "F3 fades", "F5 grows", "F6 narrower", "F7 flips", "T3 half, CSQA"):  # fmt: skip
+        assert words[claim] == SHOWN, claim
+
+
+def test_a_lab_where_all_methods_do_the_same_shows_no_gain():
+    words = judged(accuracy={}, seeds=[0, 1])
+    null = ("T1 D-LLM loses", "T1 QTALE recovers", "T4 θ", "T4 entropy helps")
+    claims = [claim for claim in words if claim.startswith(null)]
+    assert len(claims) == 7 + 7 + 3 + 3 + 3
+    assert all(words[claim] != SHOWN for claim in claims)
+
+
+def test_the_opposite_of_a_claim_is_not_shown():
+    opposite = {("full", 16, "none"): 80.0, ("full", 4, "none"): 60.0, ("dllm", 4, "argmax"): 80.0,
+                ("qtale", 4, "searched"): 60.0}  # fmt: skip
+    words = judged(accuracy=opposite)
+    assert words["T1 D-LLM loses more, 4 bits, CSQA"] == NOT_SHOWN
+    assert words["T1 QTALE recovers, 4 bits, CSQA"] == NOT_SHOWN
+
+
+def test_one_seed_of_one_task_is_not_testable():
+    words = judged(tasks=["arc_easy", "alpaca"], bits=[16, 4])
+    assert {words[claim] for claim in MEASURED} == {NOT_TESTABLE}
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        {"methods": ["full"]},
+        {"bits": [4]},
+        {"bits": [16]},
+        {"tasks": ["mmlu"]},
+        {"methods": ["qtale"]},
+        {"methods": []},
+    ],
+)
+def test_any_part_of_a_profile_is_judged_without_an_error(profile):
+    assert set(judged(**profile)) == {claim.id for claim in CLAIMS}
+
+
+def test_null_effects_are_seldom_shown_over_the_whole_chain():
+    """Question noise, facts and runs as the store holds them; the nominal rate is 2.5 % a claim."""
+    shown = []
+    for seed in range(30):
+        frame = verdicts(Measurements(FakeLab(accuracy={}, seed=seed, questions=200)), "07")
+        frame = frame[frame.id.isin(["T4 θ helps, CSQA", "T4 entropy helps, CSQA"])]
+        shown += (frame.verdict == SHOWN).tolist()
+    assert np.mean(shown) <= 0.05
+
+
+def test_gains_are_accuracy_points_and_percent_of_perplexity():
+    contrast = {("dllm", 4, "argmax"): 1.0, ("full", 4, "none"): -1.0}
+    accuracy = {("full", 4, "none"): 80.0, ("dllm", 4, "argmax"): 70.0}
+    assert effect(contrast, "csqa", accuracy=accuracy) == pytest.approx(-10, abs=0.7)
+    # in the made-up lab log PPL is 2 − score / 100: a score 10 lower is a PPL 10 % higher, a gain of −10
+    assert effect(contrast, "alpaca", accuracy=accuracy) == pytest.approx(-10, abs=1.5)
+
+
+def test_perplexity_gain_is_the_difference_of_log_perplexities():
+    lab = FakeLab(tasks=["alpaca"])
+    ppl = lab.evaluations().set_index(["method", "bits", "theta_rule"]).ppl
+    expected = 100 * (log(ppl["dllm", 4, "argmax"]) - log(ppl["qtale", 4, "searched"]))
+    contrast = {("qtale", 4, "searched"): 1.0, ("dllm", 4, "argmax"): -1.0}
+    assert effect(contrast, "alpaca", tasks=["alpaca"]) == pytest.approx(expected)
+
+
+def test_paper_effects_equal_hand_worked_numbers():
+    printed = {claim.id: claim.paper for claim in CLAIMS}
+    loses = ((77.32 - 80.06) - (78.77 - 80.53) + (77.68 - 80.45) - (79.67 - 81.28)) / 2
+    assert printed["T1 D-LLM loses more, 4 bits, CSQA"] == pytest.approx(loses)
+    recovers = -50 * (log(4.38 / 5.35) + log(5.29 / 7.24))
+    assert printed["T1 QTALE recovers, 3 bits, Alpaca"] == pytest.approx(recovers)
+    theta = ((78.48 - 77.32) + (79.18 - 78.86) + (78.14 - 77.68) + (79.17 - 78.86)) / 4
+    assert printed["T4 θ helps, CSQA"] == pytest.approx(theta)
+    assert printed["T3 half, Alpaca"] == pytest.approx(60.0)
+    assert printed["T4 θ control, CSQA"] is None
+    assert printed["T1 QTALE recovers, 2 bits, CSQA"] is None
+
+
+def test_a_profile_target_is_the_one_held_against():
+    near, far = FakeLab(), FakeLab()
+    far.profile.training.rate_target = 0.3
+    words = [
+        verdicts(Measurements(lab), "06").set_index("id").verdict["T3 target, CSQA"] for lab in (near, far)
+    ]
+    assert words == [SHOWN, NOT_SHOWN]
+
+
+def test_noise_claims_are_those_of_gumbel_draws():
+    frame = verdicts(Measurements(FakeLab(methods=[])), "01").set_index("id")
+    assert frame.effect["F4 mean"] == pytest.approx(0.5772, abs=0.01)
+    assert frame.effect["F4 flips"] == pytest.approx(100 / (1 + np.exp(2)), abs=0.3)
+    assert frame.verdict.tolist() == [SHOWN, NOT_SHOWN, SHOWN]
+
+
+def test_probe_effects_use_each_methods_own_layers():
+    store = Measurements(FakeLab(tasks=["piqa"]))
+    (run,) = effects.probe_runs(store, effects.difference("abs_gap"), ("dllm", "qtale"))
+    final = store.layers[(store.layers.epoch == 10) & store.layers.gap.notna()]
+    lowest = {m: final[final.method == m].nsmallest(3, "ratio").abs_gap.mean() for m in ("dllm", "qtale")}
+    assert run == Run("piqa", 0, pytest.approx(lowest["qtale"] - lowest["dllm"]))
+
+
+def test_ids_are_distinct_and_every_notebook_but_the_first_has_claims():
+    assert len({claim.id for claim in CLAIMS}) == len(CLAIMS)
+    assert {claim.notebook for claim in CLAIMS} == {f"0{i}" for i in range(1, 8)}
+
+
+def test_tally_counts_every_claim():
+    frame = verdicts(Measurements(FakeLab()))
+    assert sum(tally(frame).values()) == len(CLAIMS) == len(frame)
+    assert not any(isnan(value) for value in frame[frame.tasks.notna()].effect)
+    assert set(RULES) == {"full", "dllm", "qtale"}

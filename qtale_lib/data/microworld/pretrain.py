@@ -224,9 +224,10 @@ library_name: transformers
 # The embedded base model of the QTALE reproduction suite
 
 A `LlamaForCausalLM` with {recipe["layers"]} layers, width {recipe["hidden"]},
-feed-forward {recipe["intermediate"]}, {recipe["heads"]} heads over {recipe["key_value_heads"]} key/value heads,
-{record["parameters"]:,} parameters in bfloat16, and a word-level tokenizer. It knows one thing: the seeded world of `qtale_lib/data/microworld`. It is for
-reproducing experiments on a laptop; it is of no use as a language model.
+feed-forward {recipe["intermediate"]}, {recipe["heads"]} heads over {recipe["key_value_heads"]} for keys and values,
+{record["parameters"]:,} parameters in bfloat16, and a word-level tokenizer. It knows one thing: the
+seeded world of `qtale_lib/data/microworld`. It is for reproducing experiments on a laptop; it is of no
+use as a language model.
 
 | | |
 |---|---|

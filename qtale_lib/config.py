@@ -1,0 +1,256 @@
+"""Profiles: which base model, data, methods, bits, seeds and budget a run has.
+
+A profile is YAML, one of those in ``profiles/`` or the user's own, and sets only what differs from the one
+that it ``extends`` (a user's own extends "tiny" if it names none). What a user gets wrong is told in one
+sentence that names the file, the key, its value and what is allowed. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+
+from qtale_lib.profile_files import read_profile
+
+Task = Literal[
+    "piqa", "boolq", "siqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "mmlu", "alpaca"
+]
+Method = Literal["full", "dllm", "qtale"]
+Bits = Literal[16, 8, 4, 3, 2]
+
+TASKS: tuple[str, ...] = get_args(Task)
+CSQA = TASKS[:7]
+METHODS: tuple[str, ...] = get_args(Method)
+BITS: tuple[int, ...] = get_args(Bits)
+MOST_SEEDS = 1000
+LABELS = ("name", "extends")  # what a profile is called says nothing about its results
+
+
+def _distinct(values: tuple) -> tuple:
+    if len(set(values)) < len(values):
+        raise ValueError("a value stands there twice")
+    return values
+
+
+def _count_to_seeds(value: Any) -> Any:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value <= MOST_SEEDS
+    return tuple(range(value)) if is_count else value
+
+
+def _list_of(what: str) -> Any:
+    return Field(min_length=1, description=f"a list of at least one, none twice, of {what}")
+
+
+# A description is what follows "must be" where a value is refused. `strict`: true is no number, "3" neither.
+Count = Annotated[int, Field(strict=True, ge=1, description="a whole number of at least 1")]
+CountOrNull = Annotated[
+    int | None, Field(strict=True, ge=1, description="a whole number of at least 1, or null")
+]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="a number above 0")]
+NotNegative = Annotated[
+    float, Field(strict=True, ge=0, allow_inf_nan=False, description="a number of at least 0")
+]
+Share = Annotated[float, Field(strict=True, ge=0, lt=1, description="a number of at least 0 and below 1")]
+Text = Annotated[
+    str, Field(strict=True, min_length=1, description="a text (in quotes if it reads as a number)")
+]
+TextOrNull = Annotated[
+    str | None,
+    Field(strict=True, min_length=1, description="a text (in quotes if it reads as a number), or null"),
+]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+
+
+class Section(BaseModel):
+    """Settings that belong together: unchangeable once read, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limit(Section):
+    """How many examples of each split are used, in the split's own order; null takes all."""
+
+    train: CountOrNull
+    calibration: CountOrNull
+    test: CountOrNull
+
+
+class Training(Section):
+    """The fine-tuning recipe. Learning rates are absolute, for batch_size × gradient_accumulation rows.
+
+    rate_loss: "per_token" pins each token's ratio (D-LLM's code), "mean" the average alone (Eq. 4).
+    save_steps: optimizer steps between checkpoints from which a killed run goes on; null keeps none.
+    """
+
+    epochs: Count
+    batch_size: Count
+    gradient_accumulation: Count
+    eval_batch_size: Count
+    save_steps: CountOrNull
+    lr: Positive
+    router_lr: Positive
+    weight_decay: NotNegative
+    betas: Annotated[tuple[Share, Share], Field(description="two numbers of at least 0 and below 1")]
+    warmup_fraction: Share
+    lambda1: NotNegative
+    lambda2: NotNegative
+    rate_target: Annotated[
+        float, Field(strict=True, gt=0, le=1, description="a number above 0 and at most 1")
+    ]
+    rate_loss: Literal["per_token", "mean"]
+    tau: Positive
+
+
+class Lora(Section):
+    """LoRA by peft: rank, alpha (scale = alpha / r), dropout, and the linear layers that get it."""
+
+    r: Count
+    alpha: Positive
+    dropout: Share
+    target_modules: Annotated[tuple[Text, ...], AfterValidator(_distinct), _list_of("names of linear layers")]
+
+
+class Routing(Section):
+    """Routers: width of the hidden layer (null: d / 8), and how many first layers and tokens always run.
+
+    At least one of each: the first layer tells the cache its length, and a query needs a key to attend to.
+    """
+
+    hidden: CountOrNull
+    always_run_layers: Count
+    always_run_tokens: Count
+
+
+class Quantization(Section):
+    """Which quantizer, on how many calibration texts; lm_head_bits counts in bytes and weights alike."""
+
+    backend: Literal["native", "autoawq"]
+    method: Annotated[Literal["awq", "rtn"], Field(description="awq or, with backend native, rtn")]
+    calibration_texts: Count
+    lm_head_bits: Bits
+
+    @field_validator("method")
+    @classmethod
+    def _known_to_backend(cls, method: str, others: ValidationInfo) -> str:
+        if method != "awq" and others.data.get("backend") == "autoawq":
+            raise ValueError("autoawq has no round-to-nearest")
+        return method
+
+
+class Search(Section):
+    """The two-phase θ search (Sec. 3.4): steps of both sweeps, tolerance of the score, questions."""
+
+    coarse_step: Annotated[
+        float, Field(strict=True, gt=0, le=0.5, description="a number above 0 and at most 0.5")
+    ]
+    fine_step: Annotated[
+        float, Field(strict=True, gt=0, description="a number above 0 and at most coarse_step")
+    ]
+    tolerance: NotNegative
+    questions: Count
+
+    @field_validator("fine_step")
+    @classmethod
+    def _finer(cls, step: float, others: ValidationInfo) -> float:
+        if step > others.data.get("coarse_step", step):
+            raise ValueError("coarser than coarse_step")
+        return step
+
+
+class Probes(Section):
+    """How many training samples the probes read after every epoch."""
+
+    samples: Count
+
+
+class Profile(Section):
+    """All settings of one reproduction; every result carries it whole.
+
+    base: "microworld" (the embedded one), a folder, a name in $QTALE_MODELS_DIR, or a hub id (`revision`).
+    data_dir: folder with the benchmarks' original files; None for the embedded world.
+    group_size: weights that share a quantization scale; -1 for one group per row.
+    max_steps: optimizer steps of a fine-tuning, in place of what `epochs` come to; None leaves it to them.
+    """
+
+    name: Annotated[
+        str,
+        Field(
+            strict=True,
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+            description="a word of letters, digits, . _ and -",
+        ),
+    ]
+    extends: str | None
+    base: Text
+    revision: TextOrNull
+    data_dir: Annotated[Path | None, Field(description="the path of an existing folder, or null")]
+    tasks: Annotated[tuple[Task, ...], AfterValidator(_distinct), _list_of(", ".join(TASKS))]
+    methods: Annotated[tuple[Method, ...], AfterValidator(_distinct), _list_of(", ".join(METHODS))]
+    bits: Annotated[tuple[Bits, ...], AfterValidator(_distinct), _list_of(", ".join(map(str, BITS)))]
+    group_size: Annotated[
+        Literal[-1] | Annotated[int, Field(strict=True, ge=1)],
+        Field(description="a whole number of at least 1, or -1 for one group per row"),
+    ]
+    seeds: Annotated[
+        tuple[Seed, ...],
+        BeforeValidator(_count_to_seeds),
+        AfterValidator(_distinct),
+        Field(
+            min_length=1,
+            description=f"a count of 1 to {MOST_SEEDS}, or a list of whole numbers from 0 on, none twice",
+        ),
+    ]
+    max_steps: CountOrNull
+    limit: Limit
+    overlong: Literal["drop", "cut"]
+    max_length: Count
+    prompt: Literal["compact", "dllm"]
+    dtype: Literal["float32", "bfloat16"]
+    training: Training
+    lora: Lora
+    routing: Routing
+    quantization: Quantization
+    calibration: Search
+    probes: Probes
+
+    def digest(self, *sections: str) -> str:
+        """16 hex digits of the sha256 of the named sections (all but LABELS when none is named).
+
+        The same for the same settings, whatever the order of keys and whichever process asks. To key one
+        stage's results name what that stage depends on: a further task, method, bit width or seed then
+        recomputes nothing.
+
+        Raises:
+            KeyError: for a name that is no section.
+        """
+        settings = self.model_dump(mode="json")
+        named = sections or [section for section in settings if section not in LABELS]
+        text = json.dumps({section: settings[section] for section in named}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_profile(name_or_path: str | Path, **overrides: Any) -> Profile:
+    """The profile of that name (in ``profiles/``) or in that YAML file, validated.
+
+    `overrides` are set last, sections key by key: ``load_profile("tiny", seeds=3, limit={"test": 50})``.
+    $QTALE_DATA_DIR, if set, takes the place of the file's `data_dir`; an override goes before both.
+    A relative `base` or `data_dir` is looked for from the folder of the YAML file that sets it, then from the
+    current one; a `base` that is no folder in either stays as it is: a name in $QTALE_MODELS_DIR or a hub id.
+
+    Raises:
+        UserError: one sentence on a file that is missing or no YAML, a cycle of `extends`, an unknown key, a
+            wrong type or an impossible value.
+    """
+    return read_profile(Profile, name_or_path, overrides)

@@ -213,7 +213,7 @@ def evaluate_choices(
     choice_nll. Raises UserError where nothing is left to score.
     """
     max_length = max_length or model.config.max_position_embeddings
-    kept, rows = _fitting(examples, tokenizer, style, max_length, overlong)
+    kept, _, rows = fitting_choices(examples, tokenizer, style, max_length, overlong)
     adapter = ChoiceModel(model, tokenizer, batch_size, max_length)
     results = _lm_eval(adapter, kept, task, style)
     name = f"qtale_{task}"
@@ -243,25 +243,27 @@ def evaluate_choices(
     }
 
 
-def _fitting(
+def fitting_choices(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     style: str,
     max_length: int,
     overlong: str,
-) -> tuple[list[Example], dict[str, int]]:
-    """The questions that are scored (all their choices fit), and how many were {used, dropped, cut}."""
+) -> tuple[list[Example], list[list[Pair]], dict[str, int]]:
+    """The questions all of whose choices fit, the pairs of each, and how many were {used, dropped, cut}."""
     texts, owners = [], []
     for index, example in enumerate(examples):
         rendered = render(example, style)
         texts += [(rendered.prompt, f" {continuation}") for continuation in rendered.continuations]
         owners += [index] * len(rendered.continuations)
-    fitted, rows = fit_all(encode_pairs(tokenizer, texts), tokenizer, max_length, overlong, owners)
-    dropped = {owner for owner, pair in zip(owners, fitted, strict=True) if pair is None}
-    kept = [example for index, example in enumerate(examples) if index not in dropped]
+    pairs, rows = fit_all(encode_pairs(tokenizer, texts), tokenizer, max_length, overlong, owners)
+    questions: list[list[Pair | None]] = [[] for _ in examples]
+    for owner, pair in zip(owners, pairs, strict=True):
+        questions[owner].append(pair)
+    kept = [(example, own) for example, own in zip(examples, questions, strict=True) if None not in own]
     if not kept:
         raise UserError(f"None of the {len(examples)} questions fits {max_length} tokens; raise max_length.")
-    return kept, rows
+    return [example for example, _ in kept], [own for _, own in kept], rows
 
 
 def _lm_eval(adapter: ChoiceModel, examples: Sequence[Example], task: str, style: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ LOADED_FILES = ("*.safetensors", "*.json", "tokenizer.model")
 
 
 def base_directory(profile: Profile) -> Path:
-    """Folder of the profile's base: embedded, a path, a name in $QTALE_MODELS_DIR, or fetched from the hub."""
+    """Folder of the base: embedded, a path, a name in $QTALE_MODELS_DIR, or fetched from the hub."""
     if profile.base == EMBEDDED:
         from qtale_lib.data.microworld import base_directory as embedded
 

@@ -1,7 +1,8 @@
 """A pool of processes that outlives its workers: one per core on CPU, one per GPU otherwise.
 
-Tasks wait for the tasks they build on; among the ready ones the longest goes first. A task that fails, or whose
-process is killed, is reported and takes only the tasks that build on it along. Workers die with their parent.
+Tasks wait for the tasks they build on; among the ready ones the longest goes first. A task that fails, or
+whose process is killed, is reported and takes only the tasks that build on it along.
+Workers die with their parent.
 """
 
 from __future__ import annotations
@@ -9,17 +10,24 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
 
 from qtale_lib.errors import UserError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+GRACE_SECONDS = 5.0
+WORKER_BYTES = 1.5 * 2**30  # torch, its imports and a small model in training
 
 
 @dataclass(frozen=True)
@@ -56,16 +64,23 @@ class _Worker:
     started: float = 0.0
 
 
-def run_tasks(
-    tasks: Sequence[Task],
-    slots: Sequence[dict[str, str]],
-    on_start: Callable[[Task], None] = lambda task: None,
-    on_progress: Callable[[Task, float], None] = lambda task, fraction: None,
-    on_end: Callable[[Task, Outcome], None] = lambda task, outcome: None,
-) -> list[Outcome]:
+class Watcher(Protocol):
+    """Is told, in the caller's process, what the tasks do."""
+
+    def started(self, task: Task) -> None:
+        """A worker took the task."""
+
+    def progressed(self, task: Task, fraction: float) -> None:
+        """The task reported the share of it that is done."""
+
+    def ended(self, task: Task, outcome: Outcome) -> None:
+        """The task is over, one way or another."""
+
+
+def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: Watcher) -> list[Outcome]:
     """Do every task on one process per slot and return the outcomes in order of ending.
 
-    slots: each worker's environment variables. The callbacks run in the caller's process.
+    slots: each worker's environment variables. Interrupted (Ctrl-C), it ends its workers first.
     """
     names = {task.name for task in tasks}
     pending = {task.name: replace(task, after=tuple(names & set(task.after))) for task in tasks}
@@ -74,31 +89,52 @@ def run_tasks(
 
     def finish(task: Task, outcome: Outcome) -> None:
         outcomes[task.name] = outcome
-        on_end(task, outcome)
+        watcher.ended(task, outcome)
 
     try:
         while pending or any(worker and worker.task for worker in workers):
             for task in _doomed(pending, outcomes):
                 del pending[task.name]
                 finish(task, Outcome(task.name, "skipped", error="what it builds on failed"))
-            for index, slot in enumerate(slots[: len(workers)]):
-                task = _next(pending, outcomes)
-                worker = workers[index]
-                if task is None or (worker and worker.task):
-                    continue
-                worker = workers[index] = worker or _start(slot)
-                worker.task, worker.started = pending.pop(task.name), time.monotonic()
-                on_start(task)
-                with contextlib.suppress(OSError):  # a dead worker is noticed just below
-                    worker.connection.send((task.work, task.arguments))
+            for index, worker in enumerate(workers):
+                task = None if worker and worker.task else _next(pending, outcomes)
+                if task:
+                    watcher.started(task)
+                    workers[index] = _give(worker or _start(slots[index]), pending.pop(task.name))
             for index in _busy(workers):
-                workers[index] = _listen(workers[index], on_progress, finish)
+                workers[index] = _listen(workers[index], watcher, finish)
     finally:
-        for worker in workers:
-            if worker:
-                worker.process.terminate()
-                worker.process.join()
+        _dismiss([worker for worker in workers if worker])
     return list(outcomes.values())
+
+
+def worker_slots(tasks: int) -> list[dict[str, str]]:
+    """Environments of the workers: one per GPU, else one per core with one thread each, as memory allows."""
+    gpus = _gpus()
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
+    room = max(1, int(psutil.virtual_memory().available // WORKER_BYTES))
+    return [dict.fromkeys(THREAD_VARIABLES, "1")] * max(1, min(usable_cores(), room, tasks))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: affinity and a container's quota counted."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists() and (limits := quota.read_text().split())[0] != "max":
+        cores = min(cores, max(1, int(limits[0]) // int(limits[1])))
+    return cores
+
+
+def _gpus() -> list[str]:
+    """Ids of the visible NVIDIA or AMD GPUs, asked of torch in another process: this one stays light."""
+    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd")):
+        return []
+    ask = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = int(done.stdout.strip() or 0)
+    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
 
 
 def _doomed(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> list[Task]:
@@ -120,14 +156,21 @@ def _busy(workers: list[_Worker | None]) -> list[int]:
     return sorted({ends[end] for end in wait(list(ends))}) if ends else []
 
 
-def _listen(worker: _Worker, on_progress: Callable, finish: Callable) -> _Worker | None:
+def _give(worker: _Worker, task: Task) -> _Worker:
+    worker.task, worker.started = task, time.monotonic()
+    with contextlib.suppress(OSError):  # a dead worker is noticed when it is listened to
+        worker.connection.send((task.work, task.arguments))
+    return worker
+
+
+def _listen(worker: _Worker, watcher: Watcher, finish: Callable) -> _Worker | None:
     """Take a worker's messages; None if it is gone and a fresh one is to take its slot."""
     task = worker.task
     try:
         while worker.connection.poll():
             kind, value = worker.connection.recv()
             if kind == "progress":
-                on_progress(task, value)
+                watcher.progressed(task, value)
                 continue
             worker.task = None
             seconds = time.monotonic() - worker.started
@@ -173,6 +216,17 @@ def _serve(connection: Connection, slot: dict[str, str]) -> None:
         except EOFError:
             return
         connection.send(("end", _attempt(work, arguments, lambda done: connection.send(("progress", done)))))
+
+
+def _dismiss(workers: list[_Worker]) -> None:
+    """End every worker: an idle one ends by itself when its connection closes, a busy one is stopped."""
+    for worker in workers:
+        worker.connection.close()
+        if worker.task:
+            worker.process.terminate()
+    for worker in workers:
+        worker.process.join(GRACE_SECONDS)
+        worker.process.kill()
 
 
 def _attempt(work: Callable[..., Any], arguments: tuple[Any, ...], report: Callable[[float], None]) -> Any:

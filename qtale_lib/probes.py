@@ -1,7 +1,8 @@
-"""What the routers do as training goes on (Figures 2, 3, 5, 6, 7): a probe of the first training rows per epoch.
+"""What the routers do as training goes on (Figures 2, 3, 5, 6, 7): one probe per epoch.
 
-Each probe is one pass in evaluation mode with arg max decisions (θ = 0.5). Ratios are over every non-padding token,
-as R_avg is; logits, gaps and flips over the tokens that a router decides on: without the reserved first ones.
+A probe is one pass over the first training rows in evaluation mode with arg max decisions (θ = 0.5).
+Ratios are over every non-padding token, as R_avg is; logits, gaps and flips over the tokens that a router
+decides on: without the reserved first ones.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ Rows = Sequence[Mapping[str, Sequence[int]]]
 def probe_routes(model: nn.Module, rows: Rows, batch_size: int, seed: int, epoch: float) -> dict[str, Any]:
     """One probe. Lists [L] over all decoder layers; on always-run layers the ratio is 1 and the rest None.
 
-    flip: share of decisions that fresh Gumbel noise (Eq. 5), drawn from `seed`, turns over; flip_expected: its
-    closed form, the mean of σ(−|Δ|); gap: mean of Δ = execute − bypass logit; abs_gap: mean of |Δ|; histogram:
-    counts of both logits per EDGES bin; execution_ratio, loss_ratio: over all layers, and all tokens or those that
-    the rate loss sees.
+    flip: share of decisions that fresh Gumbel noise (Eq. 5), drawn from `seed`, turns over;
+    flip_expected: its closed form, mean σ(−|Δ|);
+    gap, abs_gap: mean of Δ = execute − bypass logit, and of |Δ|;
+    histogram: counts of both logits per EDGES bin;
+    execution_ratio, loss_ratio: over all layers, and all tokens or those that the rate loss sees;
+    tokens: all non-padding ones.
     """
     theta, training = routing_state(model).theta, model.training
     set_threshold(model, ARG_MAX)
@@ -59,7 +62,7 @@ def probe_routes(model: nn.Module, rows: Rows, batch_size: int, seed: int, epoch
 
 
 def _observe(model: nn.Module, rows: Rows, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """executed bool [L, N], counted bool [N] over non-padding tokens; logits [L, n, 2] of those decided on."""
+    """executed bool [L, N], counted bool [N] over non-padding tokens; logits [L, n, 2] where decided on."""
     reserved = routing_state(model).config.always_run_tokens
     executed, counted, logits = [], [], []
     decoder = decoder_of(model)

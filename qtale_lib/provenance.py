@@ -1,4 +1,4 @@
-"""Where a result comes from: package versions, git commit, machine, time and memory. Imports no torch itself."""
+"""Where a result comes from: package versions, git commit, machine, time, memory. Imports no torch itself."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def response_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, l
 
 
 class RoutedTrainer(Trainer):
-    """Trainer with L = CE + λ1(e)·L_rate − λ2·L_entropy (Eq. 8), every mean taken over the effective batch.
+    """Trainer with CE + λ1(e)·L_rate − λ2·L_entropy (Eq. 8), every mean taken over the effective batch.
 
     CE is weighted by response token and the routing terms by rated token over all accumulated micro-batches,
     so accumulation 4×1 gives 1×4 (not for L_rate of kind "mean": its absolute value is per micro-batch).
@@ -160,7 +160,7 @@ class RoutedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """This micro-batch's share of the step's loss; UserError naming layer and step if it is not finite."""
+        """This micro-batch's share of the step's loss; UserError with layer and step if it is not finite."""
         counts: TokenCounts = num_items_in_batch
         if self.objective.routed:
             terms = self._routed_terms(model, inputs, counts)

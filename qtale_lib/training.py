@@ -9,7 +9,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from qtale_lib.adaptive import RouterConfig, add_routers, save_routed
 from qtale_lib.base import load_base
-from qtale_lib.data import load_task
+from qtale_lib.data import Example, load_task, subset
 from qtale_lib.data.encoding import collate, encode_all
 from qtale_lib.errors import UserError
 from qtale_lib.probes import ProbeCallback
@@ -49,15 +49,19 @@ def finetune(
     seed: int,
     directory: Path,
     progress: Callable[[float], None] | None = None,
+    examples: Sequence[Example] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune and save LoRA and routers to `directory`; a checkpoint found there is gone on from.
 
-    Returns history (one entry per logged point), probes, rows {used, dropped, cut}, steps, epochs, the number of
-    trainable parameters and seconds (all of training, and of that in probes). progress gets the share done.
+    Returns history (one entry per logged point), probes, rows {used, dropped, cut}, steps, epochs, the number
+    of trainable parameters and seconds (all of training, and those in probes). progress gets the share
+    done; examples default to the profile's training rows.
     Raises UserError if training diverges or no row fits.
     """
     model, tokenizer = load_base(profile)
-    rows, counts = train_rows(profile, task, tokenizer)
+    if examples is None:
+        examples = subset(load_task(task, "train", profile.data_dir), profile.limit.train)
+    rows, counts = train_rows(profile, task, examples, tokenizer)
     model = prepare_model(model, profile, method, seed)
     probe = ProbeCallback(rows[: profile.probes.samples], profile.training.eval_batch_size, seed)
     callbacks = [probe] if method != "full" else []
@@ -69,18 +73,17 @@ def finetune(
     seconds = time.monotonic() - started
     save_routed(model, directory, base=profile.base)
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    return {**_outcome(trainer, counts), "seconds": seconds, "probe_seconds": probe.seconds}
+    return {**_outcome(trainer, counts), "training_seconds": seconds, "probe_seconds": probe.seconds}
 
 
 def train_rows(
-    profile: Profile, task: str, tokenizer: PreTrainedTokenizerBase
+    profile: Profile, task: str, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[dict[str, list[int]]], dict[str, int]]:
-    """The encoded training rows of a task and the report {used, dropped, cut}; UserError if none is left."""
-    examples = load_task(task, "train", profile.data_dir)[: profile.limit.train]
+    """The encoded training rows and the report {used, dropped, cut}; UserError if none is left."""
     rows, counts = encode_all(examples, tokenizer, profile.prompt, profile.max_length, profile.overlong)
     if not rows:
         raise UserError(
-            f"No training row of {task} fits into max_length {profile.max_length}; raise it, or set overlong: cut."
+            f"No training row of {task} fits max_length {profile.max_length}; raise it, or set overlong: cut."
         )
     return rows, counts
 

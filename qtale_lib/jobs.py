@@ -1,0 +1,110 @@
+"""What a profile asks to be computed: its runs, its results, and which of them a notebook needs. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qtale_lib.config import Profile
+
+ROUTED = ("dllm", "qtale")
+RULES = {"full": ("none",), "dllm": ("argmax", "searched", "zero"), "qtale": ("argmax", "searched", "zero")}
+THETAS = {"none": None, "argmax": 0.5, "zero": 0.0}  # "searched" is found on calibration questions (Sec. 3.4)
+FIGURE_2_TASKS = ("arc_easy", "arc_challenge", "siqa", "piqa")
+TABLE_4_BITS = (16, 4)
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One fine-tuning."""
+
+    task: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As in file names."""
+        return f"{self.task}.{self.method}.s{self.seed}"
+
+    @property
+    def routed(self) -> bool:
+        """Whether the method has routers."""
+        return self.method in ROUTED
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work for the pool: a fine-tuning (bits None), or all results of one run at one bit width."""
+
+    run: Run
+    bits: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As shown while it runs."""
+        return (
+            f"fine-tune {self.run.name}"
+            if self.bits is None
+            else f"evaluate {self.run.name} at {self.bits} bit"
+        )
+
+
+def runs(profile: Profile) -> list[Run]:
+    """Every fine-tuning of the profile's grid."""
+    return [Run(t, m, s) for t in profile.tasks for m in profile.methods for s in profile.seeds]
+
+
+def evaluation_specs(profile: Profile, run: Run) -> Iterable[dict[str, object]]:
+    """spec of every evaluation of a run: task, method, seed, bits, theta (the rule's name)."""
+    for bits in profile.bits:
+        for rule in RULES[run.method]:
+            yield {"task": run.task, "method": run.method, "seed": run.seed, "bits": bits, "theta": rule}
+
+
+def all_jobs(profile: Profile) -> list[Job]:
+    """Every job of the profile's grid; a run's fine-tuning before its evaluations."""
+    return _with_bits(runs(profile), profile.bits)
+
+
+def needs(profile: Profile, notebook: str) -> list[Job]:
+    """The jobs whose results a notebook ("05", or its file's name) shows."""
+    number = notebook[:2]
+    everything = runs(profile)
+    routed = [run for run in everything if run.routed]
+    if number == "01":
+        return []
+    if number == "02":
+        shown = [task for task in FIGURE_2_TASKS if task in profile.tasks] or profile.tasks
+        return [Job(run) for run in routed if run.task in shown]
+    if number in ("03", "04"):
+        return [Job(run) for run in routed if run.task == probed_task(profile)]
+    if number == "07":
+        shown = [bits for bits in TABLE_4_BITS if bits in profile.bits] or profile.bits
+        return _with_bits(routed, shown)
+    return all_jobs(profile)
+
+
+def probed_task(profile: Profile) -> str:
+    """The task of Figures 3 and 5–7: ARC-easy (paper), else the first with choices, or the first."""
+    choice = [task for task in profile.tasks if task != "alpaca"]
+    return "arc_easy" if "arc_easy" in profile.tasks else (choice or list(profile.tasks))[0]
+
+
+def expected_seconds(profile: Profile, job: Job) -> float:
+    """A rough cost, on one core, that orders the jobs and starts the forecast of time left."""
+    routed = 1.4 if job.run.routed else 1.0
+    if job.bits is None:
+        recipe = profile.training
+        rows = min(profile.limit.train or 1000, 1000)
+        steps = profile.max_steps or recipe.epochs * rows / (recipe.batch_size * recipe.gradient_accumulation)
+        return routed * 0.007 * steps * recipe.batch_size * recipe.gradient_accumulation
+    searching = 8.0 if job.run.routed else 0.0
+    return 3.0 + searching + (3.0 if job.bits < 16 else 0.0)
+
+
+def _with_bits(chosen: list[Run], widths: Iterable[int]) -> list[Job]:
+    widths = tuple(widths)
+    return [Job(run, bits) for run in chosen for bits in (None, *widths)]

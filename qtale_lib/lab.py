@@ -1,0 +1,278 @@
+"""The run store of a profile: give me this result; compute it if it is missing; never twice; safe to kill.
+
+Every result's key is a digest of its own settings and of what it was made from (base weights, data rows, the
+trained adapter, θ): a changed base or setting makes exactly what depends on it be computed anew.
+Reading needs no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from qtale_lib import jobs
+from qtale_lib.base import base_facts, file_stamp
+from qtale_lib.config import Profile, load_profile
+from qtale_lib.data import Example, data_hash, load_task, subset
+from qtale_lib.errors import UserError
+from qtale_lib.jobs import Job, Run, expected_seconds
+from qtale_lib.pool import Outcome, Task, run_tasks, worker_slots
+from qtale_lib.progress import watcher
+from qtale_lib.provenance import ROOT, Stopwatch
+from qtale_lib.store import Store, digest, read_json, write_json
+
+# Raised by hand when a stage's code comes to give other numbers from the same settings.
+STAGE_VERSIONS = {"finetune": 1, "quantization": 1, "threshold": 1, "evaluation": 1}
+ENCODING = ("prompt", "max_length", "overlong", "dtype")
+FINETUNING = (*ENCODING, "max_steps", "training", "lora", "routing", "probes")
+QUANTIZING = ("quantization", "group_size")
+WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
+ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
+
+Spec = dict[str, Any]
+
+
+def results_root() -> Path:
+    """results/ of the checkout, or $QTALE_RESULTS_DIR."""
+    return Path(os.environ.get("QTALE_RESULTS_DIR") or ROOT / "results").expanduser().resolve()
+
+
+class Lab:
+    """A profile's results under results/<profile>/; see the module."""
+
+    def __init__(self, profile: Profile | str | Path, root: Path | None = None) -> None:
+        self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
+        self.directory = (root or results_root()) / self.profile.name
+        self.store = Store(self.directory / "store")
+        self._examples = functools.cache(self._load_examples)
+        self._found: dict[tuple[str, str, str], dict[str, Any]] = {}
+        self._data_hash = functools.cache(lambda task, split: data_hash(self._examples(task, split)))
+
+    # What results are made from.
+
+    @functools.cached_property
+    def _base(self) -> dict[str, Any]:
+        memo, stamp = self.store.root / "base.json", file_stamp(self.profile)
+        known = read_json(memo)
+        if not isinstance(known, dict) or known.get("stamp") != stamp:
+            known = {"stamp": stamp, "facts": base_facts(self.profile)}
+            write_json(memo, known)
+        return known["facts"]
+
+    def base(self) -> dict[str, Any]:
+        """The base: name, sha256, config, parameters {decoder, embedding, lm_head, norm, total}, bytes."""
+        return self._base
+
+    def examples(self, task: str, split: str) -> list[Example]:
+        """The examples of a split that this profile uses."""
+        return self._examples(task, split)
+
+    def _load_examples(self, task: str, split: str) -> list[Example]:
+        profile = self.profile
+        limits = {
+            "train": [profile.limit.train],
+            "calibration": [profile.limit.calibration, profile.calibration.questions],
+            "test": [profile.limit.test],
+        }
+        given = [limit for limit in limits[split] if limit is not None]
+        return subset(load_task(task, split, profile.data_dir), min(given, default=None))
+
+    def settings(self, kind: str, spec: Spec) -> dict[str, Any]:
+        """The part of the profile that a result depends on, and nothing else of it."""
+        everything = self.profile.model_dump(mode="json")
+        if kind == "finetune":
+            return _finetune_settings({name: everything[name] for name in FINETUNING}, spec["method"])
+        names = list(ENCODING)
+        names += QUANTIZING if spec["bits"] < 16 else ()
+        names += ["calibration"] if kind == "threshold" else []
+        return {name: everything[name] for name in names}
+
+    def made_from(self, kind: str, spec: Spec) -> dict[str, Any] | None:
+        """Hashes of what a result is made from; None while something that it builds on is missing."""
+        task, run = spec["task"], {name: spec[name] for name in ("task", "method", "seed")}
+        if kind == "finetune":
+            return {"base": self.base()["sha256"], "train": self._data_hash(task, "train")}
+        trained = self.find("finetune", **run)
+        if trained is None:
+            return None
+        sources = {"adapter": trained["value"]["adapter_sha256"], "base": self.base()["sha256"]}
+        if spec["bits"] < 16:
+            sources["quantization_texts"] = self._data_hash(task, "train")
+        if kind == "threshold":
+            sources["calibration"] = self._data_hash(task, "calibration")
+        if kind == "evaluation":
+            sources["test"] = self._data_hash(task, "test")
+            theta = self.theta(spec)
+            if theta == "unknown":
+                return None
+            sources["theta"] = theta
+        return sources
+
+    def theta(self, spec: Spec) -> float | str | None:
+        """The θ that a rule stands for; None without routers; "unknown" while its search is missing."""
+        if spec["theta"] != "searched":
+            return jobs.THETAS[spec["theta"]]
+        found = self.find("threshold", **{k: v for k, v in spec.items() if k != "theta"})
+        return found["value"]["theta"] if found else "unknown"
+
+    def address(self, kind: str, spec: Spec) -> tuple[str, str, str] | None:
+        """(kind, name, key) in the store; None while something that the result builds on is missing."""
+        sources = self.made_from(kind, spec)
+        if sources is None:
+            return None
+        key = digest(STAGE_VERSIONS[kind], spec, self.settings(kind, spec), sources)
+        return kind, _name(spec), key
+
+    def files(self, kind: str, spec: Spec) -> Path:
+        """The folder of a finished result's files."""
+        return self.store.files(*self.address(kind, spec))
+
+    # Reading.
+
+    def find(self, kind: str, **spec: Any) -> dict[str, Any] | None:
+        """A result's whole JSON, or None if it is missing."""
+        address = self.address(kind, spec)
+        if address and address not in self._found and (found := self.store.get(*address)):
+            self._found[address] = found
+        return self._found.get(address)
+
+    def result(self, kind: str, **spec: Any) -> dict[str, Any]:
+        """A result's whole JSON; UserError if it is missing."""
+        found = self.find(kind, **spec)
+        if found is None:
+            raise UserError(
+                f"The {kind} of {_name(spec)} is not in {self.store.root}; "
+                f"run `python -m qtale_lib run --profile {self.profile.name}`."
+            )
+        return found
+
+    def finetunes(self) -> pd.DataFrame:
+        """One row per finished fine-tuning: task, method, seed and its scalar values."""
+        return self._frame("finetune", [run_spec(run) for run in jobs.runs(self.profile)])
+
+    def thresholds(self) -> pd.DataFrame:
+        """One row per finished θ search: task, method, seed, bits, theta, tolerance, coarse, fine."""
+        runs = [run for run in jobs.runs(self.profile) if run.routed]
+        return self._frame(
+            "threshold", [run_spec(run, bits=b) for run in runs for b in self.profile.bits], lists=True
+        )
+
+    def evaluations(self) -> pd.DataFrame:
+        """One row per finished evaluation: task, method, seed, bits, theta_rule, metric, acc or ppl ..."""
+        runs = jobs.runs(self.profile)
+        return self._frame(
+            "evaluation", [s for run in runs for s in jobs.evaluation_specs(self.profile, run)]
+        )
+
+    def _frame(self, kind: str, specs: Iterable[Spec], lists: bool = False) -> pd.DataFrame:
+        rows = []
+        for spec in specs:
+            found = self.find(kind, **spec)
+            if found:
+                labels = {"theta_rule" if name == "theta" else name: value for name, value in spec.items()}
+                rows.append(
+                    {**labels, **_columns(found["value"], lists), "seconds": found["provenance"]["seconds"]}
+                )
+        return pd.DataFrame(rows)
+
+    def probes(self, task: str, method: str, seed: int) -> list[dict[str, Any]]:
+        """The probes of one fine-tuning, from epoch 0 on."""
+        return self.result("finetune", task=task, method=method, seed=seed)["value"]["probes"]
+
+    # Computing.
+
+    def once(self, kind: str, spec: Spec, compute: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """The result; computed under its lock, by `compute(folder for its files)`, if nobody has it yet."""
+        address = self.address(kind, spec)
+        found = self.store.get(*address)
+        if found:
+            return found
+        with self.store.lock(*address):
+            return self.store.get(*address) or self._compute(kind, spec, address, compute)
+
+    def _compute(
+        self, kind: str, spec: Spec, address: tuple[str, str, str], compute: Callable
+    ) -> dict[str, Any]:
+        watch = Stopwatch(
+            profile=self.profile.name,
+            profile_digest=self.profile.digest(),
+            base_hash=self.base()["sha256"],
+            made_from=self.made_from(kind, spec),
+        )
+        value = compute(self.store.files(*address))
+        return self.store.put(
+            *address, spec=spec, value=value, config=self.settings(kind, spec), provenance=watch.provenance()
+        )
+
+    def is_done(self, job: Job) -> bool:
+        """Whether all results of a job are in the store."""
+        if job.bits is None:
+            return self.find("finetune", **run_spec(job.run)) is not None
+        rules = jobs.RULES[job.run.method]
+        return all(self.find("evaluation", **run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules)
+
+    def compute(self, wanted: Iterable[Job]) -> list[Outcome]:
+        """Do the jobs whose results are missing, in a pool of processes; failures are among the outcomes."""
+        missing = [job for job in wanted if not self.is_done(job)]
+        if not missing:
+            return []
+        slots = worker_slots(len(missing))
+        tasks = [self._task(job) for job in missing]
+        with watcher(tasks, len(slots)) as watching:
+            return run_tasks(tasks, slots, watching)
+
+    def _task(self, job: Job) -> Task:
+        after = () if job.bits is None else (Job(job.run).name,)
+        # Evaluations go before the fine-tunings still waiting: whole results early, should this be killed.
+        arguments = (self.profile, self.directory.parent, job)
+        return Task(
+            job.name, _perform, arguments, after, expected_seconds(self.profile, job), int(job.bits is None)
+        )
+
+    def ensure(self, notebook: str) -> None:
+        """Compute what is missing of what a notebook shows; UserError naming what failed."""
+        failed = [o for o in self.compute(jobs.needs(self.profile, notebook)) if o.status != "done"]
+        if failed:
+            first = f"{failed[0].name}: {failed[0].error}"
+            raise UserError(f"{len(failed)} of the results of notebook {notebook} failed; the first, {first}")
+
+
+def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], None]) -> None:
+    from qtale_lib import stages  # torch is loaded in the workers only
+
+    stages.perform(Lab(profile, root), job, report)
+
+
+def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
+    """Without what has no effect on the numbers of a method, so that a new λ2 retrains only "qtale"."""
+    dropped = {
+        *WITHOUT_EFFECT,
+        *({"lambda2"} if method == "dllm" else ()),
+        *(ONLY_ROUTED if method == "full" else ()),
+    }
+    settings["training"] = {
+        name: value for name, value in settings["training"].items() if name not in dropped
+    }
+    if method == "full":
+        del settings["routing"], settings["probes"]
+    return settings
+
+
+def run_spec(run: Run, **more: Any) -> Spec:
+    """The spec of a run's result: task, method, seed, and bits and theta where they apply."""
+    return {"task": run.task, "method": run.method, "seed": run.seed, **more}
+
+
+def _name(spec: Spec) -> str:
+    name = f"{spec['task']}.{spec['method']}.s{spec['seed']}"
+    name += f".b{spec['bits']}" if "bits" in spec else ""
+    return name + (f".{spec['theta']}" if "theta" in spec else "")
+
+
+def _columns(value: dict[str, Any], lists: bool) -> dict[str, Any]:
+    return {k: v for k, v in value.items() if not isinstance(v, dict) and (lists or not isinstance(v, list))}

@@ -1,0 +1,183 @@
+"""The work behind each result, in a worker: fine-tune; merge, quantize, search θ, evaluate, in this order.
+
+    train → merge LoRA → quantize → search θ on the quantized model → evaluate
+
+A job that was interrupted goes on with its next missing result.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from qtale_lib.adaptive import load_routed, set_threshold
+from qtale_lib.base import base_directory, device, load_tokenizer
+from qtale_lib.calibration import search_threshold
+from qtale_lib.data import subset
+from qtale_lib.data.prompts import render
+from qtale_lib.evaluation import evaluate_choices, perplexity
+from qtale_lib.jobs import RULES, Job, Run
+from qtale_lib.lab import Lab, Spec, run_spec
+from qtale_lib.quantization import apply_search, quantize, save_search
+from qtale_lib.store import file_digest
+from qtale_lib.trainer import is_router
+from qtale_lib.training import finetune
+
+Report = Callable[[float], None]
+
+
+def perform(lab: Lab, job: Job, report: Report) -> None:
+    """Compute what is missing of one job; report(share done)."""
+    be_quiet()
+    if job.bits is None:
+        finetune_run(lab, job.run, report)
+    else:
+        evaluate_run(lab, job.run, job.bits, report)
+
+
+def be_quiet() -> None:
+    """Libraries' warnings are not for the user of the command line; errors still are."""
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def finetune_run(lab: Lab, run: Run, report: Report) -> dict[str, Any]:
+    """Fine-tune one run into the store; its adapter lies beside its JSON."""
+
+    def compute(directory: Path) -> dict[str, Any]:
+        directory.mkdir(parents=True, exist_ok=True)
+        value = finetune(
+            lab.profile, run.task, run.method, run.seed, directory, report, lab.examples(run.task, "train")
+        )
+        return {**value, "adapter_sha256": file_digest(*directory.glob("*.safetensors"))}
+
+    return lab.once("finetune", run_spec(run), compute)
+
+
+def evaluate_run(lab: Lab, run: Run, bits: int, report: Report) -> None:
+    """θ search and evaluation by every rule at one bit width; the model is made at most once."""
+    model = functools.cache(lambda: prepared_model(lab, run, bits))
+    if run.routed:
+        spec = run_spec(run, bits=bits)
+        lab.once("threshold", spec, lambda _: find_threshold(lab, spec, *model()))
+    report(0.5)
+    for done, rule in enumerate(RULES[run.method], start=1):
+        spec = run_spec(run, bits=bits, theta=rule)
+        lab.once("evaluation", spec, functools.partial(_evaluate, lab, spec, model))
+        report(0.5 + 0.5 * done / len(RULES[run.method]))
+
+
+def prepared_model(lab: Lab, run: Run, bits: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The run's model, merged and in 16 bit, or quantized further; on this process's device, in eval mode."""
+    tokenizer = load_tokenizer(base_directory(lab.profile))
+    model = merged_model(lab.files("finetune", run_spec(run))).to(device())
+    if bits < 16:
+        quantized(lab, run_spec(run, bits=bits), model, tokenizer)
+    return model.eval(), tokenizer
+
+
+def merged_model(directory: Path) -> PreTrainedModel:
+    """A saved run with LoRA merged and every weight but the routers' rounded to bfloat16: the "16-bit" model.
+
+    On a CPU the rounded values are computed with in float32.
+    """
+    model = load_routed(directory).merge_and_unload()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not is_router(name):
+                parameter.copy_(parameter.to(torch.bfloat16))
+    return model
+
+
+def quantized(lab: Lab, spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Quantize the model in place: by the search in the store, else by a new one that is kept."""
+    set_threshold_if_routed(model, 0.5)
+    fresh = []
+
+    def compute(directory: Path) -> dict[str, Any]:
+        settings = lab.profile.quantization
+        quantize(
+            model,
+            tokenizer,
+            calibration_texts(lab, spec["task"]),
+            method=settings.method,
+            bits=spec["bits"],
+            group_size=lab.profile.group_size,
+            backend=settings.backend,
+            lm_head_bits=settings.lm_head_bits,
+            max_length=lab.profile.max_length,
+        )
+        save_search(model.quantization, directory)
+        fresh.append(True)
+        return model.quantization.as_dict()
+
+    lab.once("quantization", spec, compute)
+    if not fresh:
+        apply_search(model, lab.files("quantization", spec))
+
+
+def calibration_texts(lab: Lab, task: str) -> list[str]:
+    """Training texts, prompt and response, that the quantizer sees; never a test or θ question."""
+    chosen = subset(lab.examples(task, "train"), lab.profile.quantization.calibration_texts)
+    rendered = [render(example, lab.profile.prompt) for example in chosen]
+    return [f"{text.prompt} {text.target}" for text in rendered]
+
+
+def find_threshold(
+    lab: Lab, spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """The two-phase search of Sec. 3.4 on the calibration questions: theta, both curves, tolerance."""
+    steps = lab.profile.calibration
+    search = search_threshold(
+        model,
+        tokenizer,
+        lab.examples(spec["task"], "calibration"),
+        coarse_step=steps.coarse_step,
+        fine_step=steps.fine_step,
+        tolerance=steps.tolerance,
+        **fitting(lab),
+    )
+    return search.as_dict()
+
+
+def _evaluate(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
+    prepared, tokenizer = model()
+    theta = lab.theta(spec)
+    set_threshold_if_routed(prepared, theta)
+    return {**measure(lab, spec["task"], prepared, tokenizer), "theta": theta}
+
+
+def measure(
+    lab: Lab, task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """The task's metric on its test examples: accuracy by lm-eval, or perplexity for Alpaca."""
+    examples = lab.examples(task, "test")
+    if task == "alpaca":
+        return {"metric": "ppl", **perplexity(model, tokenizer, examples, **fitting(lab))}
+    return {"metric": "acc", **evaluate_choices(model, tokenizer, examples, task, **fitting(lab))}
+
+
+def fitting(lab: Lab) -> dict[str, Any]:
+    """How the profile turns examples into batches, for every function that scores them."""
+    profile = lab.profile
+    return {
+        "style": profile.prompt,
+        "batch_size": profile.training.eval_batch_size,
+        "max_length": profile.max_length,
+        "overlong": profile.overlong,
+    }
+
+
+def set_threshold_if_routed(model: nn.Module, theta: float | None) -> None:
+    """Set θ; a model without routers has none."""
+    if any(is_router(name) for name, _ in model.named_parameters()):
+        set_threshold(model, theta)

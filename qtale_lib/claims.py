@@ -15,7 +15,7 @@ from math import inf
 import numpy as np
 import pandas as pd
 
-from qtale_lib import effects, paper
+from qtale_lib import effects, noise, paper
 from qtale_lib.effects import Contrast, Probes
 from qtale_lib.measurements import ROUTED_METHODS, Measurements
 from qtale_lib.statistics import NOT_SHOWN, NOT_TESTABLE, SHOWN, Run, estimate, verdict
@@ -53,7 +53,7 @@ def _noise_claim(measured: str, unit: str, statistic: Callable[[np.ndarray], flo
         source="Sec. 3.3, Fig. 4",
         measured=measured,
         unit=unit,
-        runs=lambda store: effects.noise_runs(statistic),
+        runs=lambda store: noise.runs(statistic),
         **said,
     )
 
@@ -77,13 +77,13 @@ def _table_claim(id: str, group: str, contrast: Contrast, measure: str = "score"
 CENTRED = {"quote": "the distribution of π is centered near 0", "low": -0.25, "high": 0.25}
 NOISE_CLAIMS = (
     _noise_claim(
-        "mode, within ± 0.25", "logits", effects.mode, id="F4 mode", quote=CENTRED, low=-0.25, high=0.25
+        "mode, within ± 0.25", "logits", noise.mode, id="F4 mode", quote=CENTRED, low=-0.25, high=0.25
     ),
     _noise_claim("mean, within ± 0.25", "logits", np.mean, id="F4 mean", quote=CENTRED, low=-0.25, high=0.25),
     _noise_claim(
         "flips at the edge of that range (|Δ| = 2), above 5 %",
         "% of decisions",
-        effects.flips_at(2.0),
+        noise.flips_at(2.0),
         id="F4 flips",
         quote="within [-1,1] the noise effectively flips decisions",
         low=5.0,

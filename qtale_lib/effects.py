@@ -21,7 +21,6 @@ Contrast = dict[tuple[str, int, str], float]  # (method, bits, rule that sets th
 Probes = dict[str, pd.DataFrame]  # method -> probes of its routed layers in one fine-tuning
 
 EARLY = 0.3  # "the first three epochs of a 10-epoch training" (Sec. 3.1)
-NOISE_BATCHES, NOISE_DRAWS = 10, 20_000
 
 
 # Contrasts of evaluations (Tables 1-4).
@@ -154,34 +153,3 @@ def unevenness(probes: Probes) -> float:
     """Spread over layers of the share of routed tokens (points), last epoch: QTALE minus D-LLM."""
     final = {method: probe[probe.epoch == probe.epoch.max()] for method, probe in probes.items()}
     return 100 * float(final["qtale"].routed_ratio.std() - final["dllm"].routed_ratio.std())
-
-
-# The noise itself (Figure 4): batches of draws stand where fine-tunings stand elsewhere.
-
-
-def noise_runs(statistic: Callable[[np.ndarray], float]) -> list[Run]:
-    """`statistic` of each of ten batches [draws, 2] of the suite's own Gumbel(0, 1) noise."""
-    return [Run("noise", i, float(statistic(batch))) for i, batch in enumerate(noise_batches())]
-
-
-@lru_cache(maxsize=1)
-def noise_batches() -> np.ndarray:
-    """Draws of Gumbel(0, 1), [batches, draws, 2], the same on every call."""
-    import torch
-
-    from qtale_lib.routing import gumbel
-
-    generator = torch.Generator().manual_seed(0)
-    return gumbel((NOISE_BATCHES, NOISE_DRAWS, 2), generator).numpy()
-
-
-def mode(noise: np.ndarray) -> float:
-    """Peak of a histogram of 0.1-wide bins, smoothed over five bins."""
-    counts, edges = np.histogram(noise, bins=np.linspace(-2.05, 2.05, 42))
-    smooth = np.convolve(counts, np.ones(5), mode="same")
-    return float((edges[:-1] + edges[1:])[smooth.argmax()] / 2)
-
-
-def flips_at(gap: float) -> Callable[[np.ndarray], float]:
-    """Percent of decisions that noise [draws, 2] turns over when the logits are `gap` apart."""
-    return lambda noise: 100 * float(np.mean(noise[:, 1] - noise[:, 0] > gap))

@@ -7,7 +7,7 @@ QTALE Sec. 3.1 and 3.4, after D-LLM. The base model keeps its parameter names an
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -124,7 +124,7 @@ class Routes:
     """
 
     def __init__(self, state: RoutingState):
-        self._state, self._passes = state, []
+        self._passes: list[ForwardPass] = []
         self.routed_layers = state.routed_layers
 
     def add(self, forward_pass: ForwardPass) -> None:
@@ -151,19 +151,24 @@ class Routes:
 
     @property
     def soft(self) -> Tensor:
-        return torch.stack([self._recorded()[-1].soft[layer] for layer in self.routed_layers])
+        return self._join("soft")
 
     def _recorded(self) -> list[ForwardPass]:
         if not self._passes:
             raise UserError("No routes are recorded: run the model inside record_routes first.")
         return self._passes
 
-    def _join(self, name: str, always_run) -> Tensor:
-        """[L, B, T, ...] of a quantity kept per routed layer; `always_run` gives the other layers' value."""
+    def _join(self, name: str, always_run: Callable[[ForwardPass], Tensor] | None = None) -> Tensor:
+        """[layers, B, T, ...] of what was kept per routed layer; `always_run` adds the others' values."""
         steps = []
         for step in self._recorded():
             values = getattr(step, name)
-            steps.append(torch.stack([values.get(i, always_run(step)) for i in range(self._state.n_layers)]))
+            if not values:
+                raise UserError(
+                    f"{name.capitalize()} are recorded in training mode only: call model.train()."
+                )
+            first = [always_run(step)] * self.routed_layers[0] if always_run else []
+            steps.append(torch.stack([*first, *(values[layer] for layer in self.routed_layers)]))
         return torch.cat(steps, dim=2)
 
 
@@ -183,7 +188,8 @@ def record_routes(model: nn.Module) -> Iterator[Routes]:
         state.recorder = outer
 
 
-RECORD, ROUTERS, ADAPTER = "routed.json", "routers.safetensors", "adapter_model.safetensors"
+RECORD, ROUTERS = "routed.json", "routers.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def save_routed(model: nn.Module, directory: str | Path, base: str | None = None) -> None:
@@ -199,6 +205,8 @@ def save_routed(model: nn.Module, directory: str | Path, base: str | None = None
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    for stale in (RECORD, ROUTERS, ADAPTER, ADAPTER_CONFIG):
+        (directory / stale).unlink(missing_ok=True)
     state = _state_or_none(model)
     record = {"format": 1, "adapter": isinstance(model, PeftModel), "threshold": None, "routers": None}
     if state is not None:
@@ -230,7 +238,9 @@ def load_routed(directory: str | Path) -> nn.Module:
         routers = _read_strictly(directory / ROUTERS, _router_tensors(model))
         model.load_state_dict(routers, strict=False)  # strict already: the names were compared
     if record["adapter"]:
-        model = get_peft_model(model, PeftConfig.from_pretrained(directory))
+        config = PeftConfig.from_pretrained(directory)
+        config.base_model_name_or_path = model.name_or_path  # the base may lie elsewhere today
+        model = get_peft_model(model, config)
         set_peft_model_state_dict(model, _read_strictly(directory / ADAPTER, _lora_tensors(model)))
     return model.eval()
 
@@ -241,8 +251,9 @@ def resolve_base(name: str) -> str:
         from qtale_lib.data.microworld import base_directory
 
         return str(base_directory())
-    shared = Path(os.environ.get("QTALE_MODELS_DIR", ".")) / name
-    return str(shared) if not Path(name).exists() and shared.exists() else name
+    shared = Path(os.environ.get("QTALE_MODELS_DIR", "."))
+    places = [Path(name).expanduser(), shared / name, shared / Path(name).name]
+    return next((str(place) for place in places if place.is_dir()), name)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -70,7 +70,7 @@ def search_threshold(
 
     An objective gives (score, execution ratio) for a θ; each θ is evaluated once. For a model it is the
     accuracy on the examples, or the PPL where they have no choices; the keywords are then those of
-    evaluate_choices (style, batch_size, max_length, overlong) beside the steps and the tolerance; the model is
+    evaluate_choices (style, batch_size, max_length, overlong) beside steps and tolerance; the model is
     left at the θ found.
 
     coarse: 0.5, 0.5 - coarse_step, ... above 0; fine: less than coarse_step to either side of the coarse

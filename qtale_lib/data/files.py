@@ -86,7 +86,7 @@ def read_json_array(path: Path) -> Iterator[Located]:
         yield f"{path}, line {line}", row
         mark = re.compile(r"\s*[],]\s*").match(text, end)
     if not mark:
-        line = text.count("\n") + 1
+        line = text.rstrip().count("\n") + 1
         raise UserError(f"{path}, line {line}: not a whole JSON array; restore the original file.")
 
 

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Sets up on first use, then lints and tests: ./run_tests.sh [--all] [arguments for pytest]
+# --all adds the tests marked slow. One end-to-end run of every notebook is among the tests.
+set -eu
+
+marked=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+  shift
+  marked=(-m "slow or not slow")
+fi
+
+. "$(dirname "${BASH_SOURCE[0]}")/scripts/setup_env.sh"
+cd "$ROOT"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start processes of their own, one thread each
+python -m ruff check --quiet .
+python -m ruff format --quiet --check .
+exec python -m pytest "${marked[@]}" "$@"

@@ -31,6 +31,7 @@ STAGE_VERSIONS = {"finetune": 1, "quantization": 1, "threshold": 1, "evaluation"
 ENCODING = ("prompt", "max_length", "overlong", "dtype")
 FINETUNING = (*ENCODING, "max_steps", "training", "lora", "routing", "probes")
 QUANTIZING = ("quantization", "group_size")
+FROZEN = "profile.json"
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
 
@@ -42,12 +43,18 @@ def results_root() -> Path:
     return Path(os.environ.get("QTALE_RESULTS_DIR") or ROOT / "results").expanduser().resolve()
 
 
+def figures_root() -> Path:
+    """figures/ of the checkout, or $QTALE_FIGURES_DIR."""
+    return Path(os.environ.get("QTALE_FIGURES_DIR") or ROOT / "figures").expanduser().resolve()
+
+
 class Lab:
-    """A profile's results under results/<profile>/; see the module."""
+    """A profile's results under results/<profile>/ (`directory`; `tables` in it) and its `figures` folder."""
 
     def __init__(self, profile: Profile | str | Path, root: Path | None = None) -> None:
-        self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
+        self.profile = profile if isinstance(profile, Profile) else _read_profile(profile)
         self.directory = (root or results_root()) / self.profile.name
+        self.tables, self.figures = self.directory / "tables", figures_root() / self.profile.name
         self.store = Store(self.directory / "store")
         self._examples = functools.cache(self._load_examples)
         self._found: dict[tuple[str, str, str], dict[str, Any]] = {}
@@ -209,12 +216,20 @@ class Lab:
             *address, spec=spec, value=value, config=self.settings(kind, spec), provenance=watch.provenance()
         )
 
+    def freeze_profile(self) -> Path:
+        """Write the profile, overrides and all, beside the results; Lab takes the file's path for a profile."""
+        path = self.directory / FROZEN
+        write_json(path, self.profile.model_dump(mode="json"))
+        return path
+
     def is_done(self, job: Job) -> bool:
         """Whether all results of a job are in the store."""
-        if job.bits is None:
-            return self.find("finetune", **run_spec(job.run)) is not None
-        rules = jobs.RULES[job.run.method]
-        return all(self.find("evaluation", **run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules)
+        return all(self.find(kind, **spec) for kind, spec in _results_of(job))
+
+    def fingerprint(self, job: Job) -> list[Any]:
+        """Keys and times of a job's results: equal while the results are the same."""
+        found = [(s, self.find(kind, **s)) for kind, s in _results_of(job)]
+        return [(f["key"], f["provenance"]["finished_at"]) if f else (spec, None) for spec, f in found]
 
     def compute(self, wanted: Iterable[Job]) -> list[Outcome]:
         """Do the jobs whose results are missing, in a pool of processes; failures are among the outcomes."""
@@ -242,10 +257,25 @@ class Lab:
             raise UserError(f"{len(failed)} of the results of notebook {notebook} failed; the first, {first}")
 
 
+def _read_profile(profile: str | Path) -> Profile:
+    """A profile by name or YAML file, or as freeze_profile left it."""
+    if str(profile).endswith(f"/{FROZEN}"):
+        return Profile.model_validate(read_json(Path(profile)))
+    return load_profile(profile)
+
+
 def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], None]) -> None:
     from qtale_lib import stages  # torch is loaded in the workers only
 
     stages.perform(Lab(profile, root), job, report)
+
+
+def _results_of(job: Job) -> list[tuple[str, Spec]]:
+    """(kind, spec) of the results that a job is there for."""
+    if job.bits is None:
+        return [("finetune", run_spec(job.run))]
+    rules = jobs.RULES[job.run.method]
+    return [("evaluation", run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules]
 
 
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:

@@ -150,12 +150,11 @@ class Stopclock:
     """Times of named stages, for the summary."""
 
     def __init__(self) -> None:
-        self.stages: list[tuple[str, float]] = []
+        self.stages: list[tuple[str, float, str]] = []
         self._since = time.monotonic()
 
-    def lap(self, stage: str) -> float:
-        """Seconds since the lap before; noted under the stage's name."""
+    def lap(self, stage: str, note: str) -> None:
+        """Note the seconds since the lap before under the stage's name."""
         now = time.monotonic()
-        seconds, self._since = now - self._since, now
-        self.stages.append((stage, seconds))
-        return seconds
+        self.stages.append((stage, now - self._since, note))
+        self._since = now

@@ -30,9 +30,9 @@ def digest(*parts: Any) -> str:
 
 
 def file_digest(*paths: Path) -> str:
-    """sha256 over the names and contents of files, in order of name."""
+    """sha256 over the names and contents of files, in order of path."""
     total = hashlib.sha256()
-    for path in sorted(paths, key=lambda path: path.name):
+    for path in sorted(paths):
         total.update(path.name.encode() + b"\0")
         with path.open("rb") as handle:
             total.update(hashlib.file_digest(handle, "sha256").digest())

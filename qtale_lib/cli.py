@@ -1,0 +1,254 @@
+"""The command line: `python -m qtale_lib run` computes every run, then executes the notebooks.
+
+What a user can cause ends in one sentence on stderr and exit code 2; what failed on the way, in exit code 1.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qtale_lib.config import load_profile
+from qtale_lib.errors import UserError
+from qtale_lib.jobs import RULES, Job, Run, all_jobs, needs
+from qtale_lib.lab import Lab, run_spec
+from qtale_lib.notebooks import AT_ONCE, Executions, as_task, choose
+from qtale_lib.pool import Outcome
+from qtale_lib.progress import Stopclock, span, watcher
+from qtale_lib.publishing import publish as publish_profile
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+ProfileName = Annotated[str, typer.Option("--profile", help="A shipped profile's name, or a YAML file.")]
+DataDirectory = Annotated[Path | None, typer.Option(help="Folder with the benchmarks' original files.")]
+TaskName = Annotated[str, typer.Argument(help="Such as arc_easy.")]
+MethodName = Annotated[str, typer.Argument(help="full, dllm or qtale.")]
+SeedNumber = Annotated[int, typer.Option("--seed", min=0)]
+BitWidth = Annotated[int, typer.Option("--bits")]
+
+
+@app.command()
+def run(
+    profile: ProfileName = "tiny",
+    data_dir: DataDirectory = None,
+    only: Annotated[str | None, typer.Option(help="Numbers of the notebooks, such as 03,05.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0 … N-1 instead of the profile's.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget this profile's results first.")] = False,
+) -> None:
+    """Compute what is missing, then execute the notebooks that are not up to date."""
+    overrides = {"data_dir": data_dir and str(data_dir.resolve()), "seeds": seeds}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    lab, books = Lab(load_profile(profile, **overrides)), choose(only)
+    if fresh:
+        shutil.rmtree(lab.directory, ignore_errors=True)
+    parameter = str(lab.freeze_profile()) if overrides else _portable(profile)
+    try:
+        clock = Stopclock()
+        outcomes = _compute(lab, [job for book in books for job in needs(lab.profile, book.name)], clock)
+        outcomes += _execute(Executions(lab, parameter), books, clock)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. The same command goes on from here.", err=True)
+        raise typer.Exit(130) from None
+    _finish(lab, outcomes, clock)
+
+
+def _portable(profile: str) -> str:
+    return str(Path(profile).resolve()) if profile.endswith((".yaml", ".yml")) else profile
+
+
+def _compute(lab: Lab, wanted: Iterable[Job], clock: Stopclock) -> list[Outcome]:
+    jobs = list(dict.fromkeys(wanted))
+    outcomes = lab.compute(jobs)
+    trained = sum(outcome.seconds for outcome in outcomes if outcome.name.startswith("fine-tune"))
+    rest = sum(outcome.seconds for outcome in outcomes) - trained
+    note = f"{len(outcomes)} jobs, {len(jobs) - len(outcomes)} there already"
+    if outcomes:
+        note += f"; summed over workers: fine-tuning {span(trained)}, quantization to evaluation {span(rest)}"
+    clock.lap("runs", note)
+    return outcomes
+
+
+def _execute(executions: Executions, books: list[Path], clock: Stopclock) -> list[Outcome]:
+    stale = executions.stale(books)
+    outcomes = []
+    if stale:
+        with watcher([as_task(book) for book in stale], AT_ONCE) as watching:
+            outcomes = executions.execute(stale, watching)
+    clock.lap("notebooks", f"{len(stale)} executed, {len(books) - len(stale)} up to date")
+    return outcomes
+
+
+def _finish(lab: Lab, outcomes: list[Outcome], clock: Stopclock) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for stage, seconds, note in clock.stages:
+        console.print(f"{stage:<10} {span(seconds):>12}   {note}", markup=False)
+    console.print(f"tables and executed notebooks: {_short(lab.directory)}", markup=False)
+    console.print(f"figures: {_short(lab.figures)}", markup=False)
+    failed = [outcome for outcome in outcomes if outcome.status != "done"]
+    for outcome in failed:
+        console.print(f"{outcome.status.upper()} {outcome.name}: {outcome.error}", style="red", markup=False)
+    if failed:
+        _keep_details(lab, failed)
+        raise typer.Exit(1)
+
+
+def _keep_details(lab: Lab, failed: list[Outcome]) -> None:
+    text = "\n\n".join(f"{outcome.name}\n{outcome.detail or outcome.error}" for outcome in failed)
+    path = lab.directory / "failures.txt"
+    path.write_text(text, encoding="utf-8")
+    typer.echo(f"{len(failed)} failed; the full errors are in {_short(path)}", err=True)
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+@app.command()
+def status(profile: ProfileName = "tiny") -> None:
+    """What of a profile is in the store."""
+    lab = Lab(profile)
+    jobs = all_jobs(lab.profile)
+    for label, chosen in (
+        ("fine-tunings", [job for job in jobs if job.bits is None]),
+        *((f"results at {bits} bit", [job for job in jobs if job.bits == bits]) for bits in lab.profile.bits),
+    ):
+        typer.echo(f"{label:<20} {sum(map(lab.is_done, chosen))} of {len(chosen)}")
+    typer.echo(f"store: {_short(lab.store.root)}")
+
+
+@app.command()
+def train(task: TaskName, method: MethodName, profile: ProfileName = "tiny", seed: SeedNumber = 0) -> None:
+    """Fine-tune one run, if it is not in the store, and show how it went."""
+    lab, chosen = _one(profile, task, method, seed)
+    _ensure(lab, [Job(chosen)])
+    value = lab.result("finetune", **run_spec(chosen))["value"]
+    last = value["history"][-1]
+    _show(f"Fine-tuning of {chosen.name}", {**{k: last[k] for k in last}, "rows": value["rows"]})
+    typer.echo(f"adapter: {_short(lab.files('finetune', run_spec(chosen)))}")
+
+
+@app.command()
+def quantize(
+    task: TaskName,
+    method: MethodName,
+    bits: BitWidth = 4,
+    profile: ProfileName = "tiny",
+    seed: SeedNumber = 0,
+) -> None:
+    """Merge and quantize one run and show the search's errors."""
+    lab, chosen = _one(profile, task, method, seed)
+    if bits >= 16:
+        raise UserError("A 16-bit model is not quantized; choose --bits 8, 4, 3 or 2.")
+    _ensure(lab, [Job(chosen), Job(chosen, bits)])
+    report = lab.result("quantization", **run_spec(chosen, bits=bits))["value"]
+    errors = [row["error"] / row["power"] for row in report["linears"] if row.get("power")]
+    _show(
+        f"{report['method']} of {chosen.name} at {bits} bit",
+        {
+            "linears": len(report["linears"]),
+            "group size": report["group_size"],
+            "mean error, share of output power": sum(errors) / max(len(errors), 1),
+        },
+    )
+    typer.echo(f"search: {_short(lab.files('quantization', run_spec(chosen, bits=bits)))}")
+
+
+@app.command()
+def calibrate(
+    task: TaskName,
+    method: MethodName,
+    bits: BitWidth = 16,
+    profile: ProfileName = "tiny",
+    seed: SeedNumber = 0,
+) -> None:
+    """Search θ for one run at one bit width and show both curves."""
+    lab, chosen = _one(profile, task, method, seed)
+    if not chosen.routed:
+        raise UserError("A full model has no routers and so no θ; choose dllm or qtale.")
+    _ensure(lab, [Job(chosen), Job(chosen, bits)])
+    found = lab.result("threshold", **run_spec(chosen, bits=bits))["value"]
+    table = Table(
+        "θ", "score", "execution ratio", title=f"θ = {found['theta']} for {chosen.name}, {bits} bit"
+    )
+    for point in sorted((*found["coarse"], *found["fine"]), key=lambda point: point["theta"]):
+        table.add_row(f"{point['theta']:.3f}", f"{point['score']:.4f}", f"{point['execution_ratio']:.3f}")
+    Console().print(table)
+
+
+@app.command()
+def evaluate(
+    task: TaskName,
+    method: MethodName,
+    bits: BitWidth = 16,
+    profile: ProfileName = "tiny",
+    seed: SeedNumber = 0,
+) -> None:
+    """Evaluate one run at one bit width, by every rule for θ."""
+    lab, chosen = _one(profile, task, method, seed)
+    _ensure(lab, [Job(chosen), Job(chosen, bits)])
+    shown = ("theta", "metric", "acc", "ppl", "stderr", "count", "nll", "execution_ratio", "loss_ratio")
+    for rule in RULES[method]:
+        value = lab.result("evaluation", **run_spec(chosen, bits=bits, theta=rule))["value"]
+        _show(f"{chosen.name}, {bits} bit, θ {rule}", {name: value[name] for name in shown if name in value})
+
+
+def _one(profile: str, task: str, method: str, seed: int) -> tuple[Lab, Run]:
+    """The lab and the run; a value that no profile could have is refused as one in a profile is."""
+    chosen = load_profile(profile, tasks=[task], methods=[method], seeds=[seed])
+    return Lab(chosen), Run(task, method, seed)
+
+
+def _ensure(lab: Lab, jobs: list[Job]) -> None:
+    failed = [outcome for outcome in lab.compute(jobs) if outcome.status != "done"]
+    if failed:
+        _keep_details(lab, failed)
+        raise typer.Exit(1)
+
+
+def _show(title: str, values: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False)
+    for name, value in values.items():
+        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+@app.command()
+def publish(profile: str) -> None:
+    """Copy a finished profile's results, tables and figures to results/reference and figures/reference."""
+    for path in publish_profile(Lab(profile)):
+        typer.echo(_short(path))
+
+
+@app.command()
+def pretrain(
+    profile: ProfileName = "tiny",
+    tokens: Annotated[int | None, typer.Option(help="Length, if not the whole recipe.")] = None,
+    directory: Annotated[Path | None, typer.Option(help="Where to, if not over the shipped base.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Pretrain the embedded base model anew; takes hours."""
+    if load_profile(profile).base != "microworld":
+        raise UserError(
+            f"Profile {profile} does not use the embedded base; only that one is pretrained here."
+        )
+    from qtale_lib.data.microworld.pretrain import main as pretrain_base
+
+    pretrain_base(directory, tokens, threads)
+
+
+def main() -> None:
+    """Entry point of `python -m qtale_lib`."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        app()
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(error.exit_code)

@@ -1,0 +1,83 @@
+"""Committed copies of a finished profile: results/reference/<profile> and figures/reference/<profile>.
+
+They are shown and compared with, never read as a cache. Scalars and θ curves of every result are kept with
+their provenance; answers per question, histograms and weights stay behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qtale_lib.errors import UserError
+from qtale_lib.jobs import all_jobs, evaluation_specs, runs
+from qtale_lib.lab import Lab, Spec, run_spec
+from qtale_lib.provenance import ROOT, git_commit, versions
+from qtale_lib.store import write_json
+
+REFERENCE = "reference"
+KEPT_LISTS = ("coarse", "fine")
+
+
+def publish(lab: Lab, results: Path | None = None, figures: Path | None = None) -> list[Path]:
+    """Copy tables, figures and results; returns the files. UserError if the profile is not finished."""
+    missing = [job.name for job in all_jobs(lab.profile) if not lab.is_done(job)]
+    if missing or not lab.tables.is_dir() or not lab.figures.is_dir():
+        raise UserError(
+            f"Profile {lab.profile.name} is not finished ({len(missing)} jobs missing); "
+            f"run `python -m qtale_lib run --profile {lab.profile.name}` first."
+        )
+    results = _emptied((results or ROOT / "results" / REFERENCE) / lab.profile.name)
+    figures = _emptied((figures or ROOT / "figures" / REFERENCE) / lab.profile.name)
+    write_json(results / "results.json", _results(lab))
+    write_json(results / "provenance.json", _provenance(lab))
+    copies = [_copied(path, results / "tables") for path in _files(lab.tables)]
+    copies += [_copied(path, figures) for path in _files(lab.figures)]
+    return [results / "results.json", results / "provenance.json", *copies]
+
+
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def _copied(path: Path, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return Path(shutil.copyfile(path, folder / path.name))
+
+
+def _results(lab: Lab) -> dict[str, list[dict[str, Any]]]:
+    everything = runs(lab.profile)
+    specs: dict[str, list[Spec]] = {
+        "finetune": [run_spec(run) for run in everything],
+        "threshold": [run_spec(r, bits=bits) for r in everything if r.routed for bits in lab.profile.bits],
+        "evaluation": [spec for run in everything for spec in evaluation_specs(lab.profile, run)],
+    }
+    return {kind: [_slim(lab.result(kind, **spec)) for spec in chosen] for kind, chosen in specs.items()}
+
+
+def _slim(result: dict[str, Any]) -> dict[str, Any]:
+    value = {k: v for k, v in result["value"].items() if k in KEPT_LISTS or not isinstance(v, list)}
+    provenance = {k: v for k, v in result["provenance"].items() if k != "versions"}
+    return {**{k: result[k] for k in ("key", "spec")}, "value": value, "provenance": provenance}
+
+
+def _provenance(lab: Lab) -> dict[str, Any]:
+    found = [lab.result("finetune", **run_spec(run))["provenance"] for run in runs(lab.profile)]
+    return {
+        "profile": lab.profile.model_dump(mode="json"),
+        "profile_digest": lab.profile.digest(),
+        "base": lab.base(),
+        "git_commits": sorted({str(entry["git_commit"]) for entry in found}),
+        "published_from": git_commit(),
+        "versions": versions(),
+        "devices": sorted({entry["device"] for entry in found}),
+        "cores": sorted({entry["cores"] for entry in found}),
+        "finished_between": [min(e["finished_at"] for e in found), max(e["finished_at"] for e in found)],
+    }

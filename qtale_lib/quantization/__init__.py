@@ -1,12 +1,12 @@
-"""Weight quantization of a merged, possibly routed, Hugging Face model (paper, Sec. 4; METHOD, Quantization).
+"""Weight quantization of a merged, possibly routed, Hugging Face model (QTALE, Sec. 4).
 
     quantize(model, tokenizer, texts, bits=3)      # in place, fake-quantized
     print(model.quantization.as_dict())
     save_search(model.quantization, "search"); apply_search(the_same_float_model, "search")
 
-Only the linear weights of the decoder layers are quantized; routers, norms and embeddings keep 16 bits, and so does
-lm_head unless told otherwise. AWQ folds its scales into the norm *after* the point where a router reads the residual
-stream, so folding alone changes no route.
+Only the linear weights of the decoder layers are quantized; routers, norms and embeddings keep 16 bits, and
+so does lm_head unless told otherwise. AWQ folds its scales into the norm *after* the point where a router
+reads the residual stream, so folding alone changes no route.
 """
 
 from collections.abc import Iterable
@@ -19,9 +19,17 @@ from qtale_lib.errors import UserError
 from qtale_lib.quantization.apply import apply_report, check_quantizable, search_model
 from qtale_lib.quantization.report import QuantizationReport, load_search, model_hash, save_search
 from qtale_lib.quantization.rtn import fake_quantize
-from qtale_lib.quantization.statistics import tokenize
+from qtale_lib.quantization.statistics import is_routed, tokenize
 
-__all__ = ["QuantizationReport", "apply_search", "fake_quantize", "load_search", "model_hash", "quantize", "save_search"]
+__all__ = [
+    "QuantizationReport",
+    "apply_search",
+    "fake_quantize",
+    "load_search",
+    "model_hash",
+    "quantize",
+    "save_search",
+]
 
 
 @torch.no_grad()
@@ -36,22 +44,45 @@ def quantize(
     lm_head_bits: int = 16,
     max_length: int = 512,
 ) -> nn.Module:
-    """Fake-quantize `model` in place, calibrated on `texts`; its QuantizationReport is left in `model.quantization`.
+    """Fake-quantize `model` in place, calibrated on `texts`; its report is then in `model.quantization`.
 
-    Round-to-nearest (`method="rtn"`) needs no texts; with them its output errors are measured. Texts that are empty or
-    longer than `max_length` tokens are left out and counted. `group_size` −1 is one group per row.
-    Raises UserError for an unmerged LoRA, an unknown model family, bits or group size that do not fit, or no texts.
+    Args:
+        texts: calibration texts, not needed for round-to-nearest (with them its output errors are measured).
+        method: "awq" or "rtn".
+        bits: 2, 3, 4 or 8.
+        group_size: weights of a row that share a step and zero point; −1 is the whole row.
+        backend: whose AWQ search, "native" or "autoawq".
+        lm_head_bits: 16 leaves lm_head alone; others round it to nearest.
+        max_length: longer texts, in tokens, are left out and counted, as are empty ones.
+    Raises:
+        UserError: for an unmerged LoRA, an unknown model family, settings that do not fit, or no texts.
     """
     report = QuantizationReport(method, backend, bits, group_size, lm_head_bits)
     check_quantizable(model, report)
     if method == "awq" and (tokenizer is None or texts is None):
         raise UserError("AWQ calibrates on text; pass a tokenizer and a list of texts, or use method='rtn'.")
     report.model_sha256 = model_hash(model)
+    if is_routed(model):
+        report.threshold = model.model.routing.theta
     if texts is not None:
         rows, record = tokenize(tokenizer, texts, min(max_length, model.config.max_position_embeddings))
         report.calibration = record.as_dict()
+        if method == "awq" and backend == "autoawq":
+            _search_with_autoawq(model, rows, report)
         search_model(model, rows, report)
     return apply_report(model, report)
+
+
+def _search_with_autoawq(model: nn.Module, rows: list[list[int]], report: QuantizationReport) -> None:
+    try:
+        from qtale_lib.quantization.autoawq_backend import search_with_autoawq
+    except ImportError:
+        raise UserError(
+            "backend 'autoawq' needs the package autoawq 0.2.9 (Linux only), which cannot be imported here; "
+            "pip install autoawq==0.2.9, or use backend='native'."
+        ) from None
+    report.scales, report.clips, note = search_with_autoawq(model, rows, report.bits, report.group_size)
+    report.calibration |= note
 
 
 @torch.no_grad()

@@ -1,21 +1,24 @@
-"""AWQ: activation-aware weight quantization (Lin et al., 2024), compact and aware of routed layers (paper, Sec. 4).
+"""AWQ, activation-aware weight quantization (Lin et al., 2024), in compact form: the paper's quantizer.
 
-Weight columns that meet large inputs matter most. Each group of linears that reads one input has its columns scaled up
-before rounding, by s = mean|x|^α, and the scale is folded out of whatever produced that input; α is searched on a grid.
+Weight columns that meet large inputs matter most. The linears that read one input have its columns scaled up
+before rounding, and the scale is folded out of whatever produced that input; how much is searched on a grid.
 Then each weight group's range is clipped, where that lowers its output error.
 
 Choices, where implementations differ:
-- The inputs of every layer are those of the float model, as in llm-awq and autoawq: no layer is calibrated on the
-  quantization error of those before it, so one set of statistics serves all layers (and all bit widths).
-- The objective of a scale is the sum of its linears' output errors, exact from second moments (statistics.py). llm-awq
-  compares the outputs of the attention or MLP block instead.
-- o_proj's scale is folded into v_proj also under grouped-query attention, where llm-awq skips it: the heads that share
-  a value head share its scale.
-- q and k are not clipped, as in llm-awq: their product, not each alone, is what attention sees.
+- The inputs of every layer are those of the float model, as in llm-awq and autoawq: no layer is calibrated on
+  the quantization error of those before it, so one set of statistics serves all layers.
+- Scales weigh inputs against weights as autoawq's do (`candidate_scales`); no scaling at all is on the grid
+  too, so that the search never does worse than round-to-nearest by its own objective.
+- That objective is the sum of the readers' output errors, exact from second moments (statistics.py). llm-awq
+  and autoawq compare the outputs of the attention or MLP block instead; a test holds the two together.
+- o_proj's scale is folded into v_proj also under grouped-query attention, where they skip it: the heads that
+  share a value head share its scale.
+- q and k are not clipped, as there: their product, not each alone, is what attention sees.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,47 +28,65 @@ from qtale_lib.quantization.statistics import READERS, InputStatistics
 
 ALPHAS = tuple(step / 20 for step in range(20))
 CLIP_RATIOS = tuple(1 - step / 20 for step in range(10))
+TINY = 1e-30
 NOT_CLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
 
 
 @dataclass
 class LayerSearch:
-    """What AWQ found for one decoder layer: alphas and scales [in] by producer, clips [out, in/group] by linear."""
+    """What AWQ found for one layer: alphas and scales [in] by producer, clips [out, in/group] by linear."""
 
-    alphas: dict[str, float]
+    alphas: dict[str, float | None]
     scales: dict[str, Tensor]
     clips: dict[str, Tensor]
+
+
+class FoldedLinear(NamedTuple):
+    """A linear with scales folded in.
+
+    weight: float32 [out, in], columns times the scale of its input, rows divided by that of its output.
+    moment: [in, in], of the scaled-down inputs; None where it was not asked for.
+    row_scale: the scale of its output [out]; None where it has none.
+    """
+
+    name: str
+    weight: Tensor
+    moment: Tensor | None
+    row_scale: Tensor | None
 
 
 def search_layer(
     layer: nn.Module, statistics: dict[str, InputStatistics], bits: int, group_size: int
 ) -> LayerSearch:
-    """Search scales, then clips, of one decoder layer from its input statistics; the layer is left as it is."""
+    """Search scales, then clips, of one decoder layer from its input statistics."""
     alphas, scales, clips = {}, {}, {}
     for producer, readers in READERS.items():
         weights = [layer.get_submodule(name).weight.float() for name in readers]
         heads = value_heads(layer) if producer == "self_attn.v_proj" else None
-        alphas[producer], scales[producer] = search_scale(weights, statistics[producer], bits, group_size, heads)
-    for name, weight, moment, _ in folded_linears(layer, scales, statistics):
-        if name not in NOT_CLIPPED:
-            clips[name] = search_clip(weight, moment, bits, group_size)
+        alphas[producer], scales[producer] = search_scale(
+            weights, statistics[producer], bits, group_size, heads
+        )
+    for linear in folded_linears(layer, scales, statistics):
+        if linear.name not in NOT_CLIPPED:
+            clips[linear.name] = search_clip(linear.weight, linear.moment, bits, group_size)
     return LayerSearch(alphas, scales, clips)
 
 
 def search_scale(
-    weights: list[Tensor], inputs: InputStatistics, bits: int, group_size: int, heads: tuple[int, int] | None = None
-) -> tuple[float, Tensor]:
-    """Best (α, scale [in]) for linears `weights` [out, in] that read the same inputs.
+    weights: list[Tensor],
+    inputs: InputStatistics,
+    bits: int,
+    group_size: int,
+    heads: tuple[int, int] | None = None,
+) -> tuple[float | None, Tensor]:
+    """Best (α, scale [in]) for linears `weights` [out, in] that read the same inputs; α None: unscaled.
 
-    `heads` = (value heads, query heads per value head) ties the scales of query heads that share a value head.
+    `heads` = (value heads, query heads per value head) ties the scales of query heads that share a value
+    head.
     """
     weight = torch.cat(weights)
-    mean_abs = inputs.mean_abs if heads is None else _shared(inputs.mean_abs, heads)
-    mean_abs = mean_abs.clamp(min=1e-4 * mean_abs.max()).clamp(min=1e-30)
-    best_alpha, best_scale, best_error = 0.0, torch.ones_like(mean_abs), torch.inf
-    for alpha in ALPHAS:
-        scale = mean_abs**alpha
-        scale = scale / (scale.max() * scale.min()).sqrt()
+    best_alpha, best_scale, best_error = None, torch.ones_like(inputs.mean_abs), torch.inf
+    for alpha, scale in candidate_scales(weight, inputs.mean_abs, group_size, heads):
         rounded = fake_quantize(weight * scale, bits, group_size) / scale
         error = output_error(rounded - weight, inputs.moment).sum().item()
         if error < best_error:
@@ -73,8 +94,24 @@ def search_scale(
     return best_alpha, best_scale
 
 
+def candidate_scales(
+    weight: Tensor, mean_abs: Tensor, group_size: int, heads: tuple[int, int] | None
+) -> Iterator[tuple[float | None, Tensor]]:
+    """The grid: no scaling, then mean|x|^α / mean(|w| / largest |w| of its group)^(1 − α), centred on 1."""
+    groups = weight.abs().unflatten(1, (-1, weight.shape[1] if group_size == -1 else group_size))
+    relative = (groups / groups.amax(-1, keepdim=True).clamp(min=TINY)).flatten(1).mean(0)
+    if heads is not None:
+        mean_abs, relative = _shared(mean_abs, heads), _shared(relative, heads)
+    mean_abs = mean_abs.clamp(min=1e-4 * mean_abs.max()).clamp(min=TINY)
+    relative = relative.clamp(min=1e-4)
+    yield None, torch.ones_like(mean_abs)
+    for alpha in ALPHAS:
+        scale = mean_abs**alpha / relative ** (1 - alpha)
+        yield alpha, scale / (scale.max() * scale.min()).sqrt()
+
+
 def search_clip(weight: Tensor, moment: Tensor, bits: int, group_size: int) -> Tensor:
-    """Largest magnitude [out, in/group] to keep in each group of `weight` [out, in], by the group's own output error."""
+    """Largest magnitude [out, in/group] to keep of each group of `weight` [out, in]."""
     width = weight.shape[1]
     group = width if group_size == -1 else group_size
     groups = weight.unflatten(1, (-1, group)).transpose(0, 1)  # [out, in] -> [in/group, out, group]
@@ -104,12 +141,8 @@ def clip_weight(weight: Tensor, clip: Tensor) -> Tensor:
 
 def folded_linears(
     layer: nn.Module, scales: dict[str, Tensor], statistics: dict[str, InputStatistics] | None = None
-) -> Iterator[tuple[str, Tensor, Tensor | None, Tensor | None]]:
-    """Each linear of `layer` as it is once `scales` are folded: (name, weight float32 [out, in], moment, row scale).
-
-    The weight's columns carry the scale of its input and its rows are divided by the scale of its output (None where it
-    has none); `moment` is that of the scaled-down inputs, None without `statistics`.
-    """
+) -> Iterator[FoldedLinear]:
+    """Each linear of `layer` as it is once `scales` are folded; the layer itself is left as it is."""
     outgoing = outgoing_scales(layer, scales)
     for producer, readers in READERS.items():
         scale = scales.get(producer)
@@ -120,12 +153,14 @@ def folded_linears(
             weight = layer.get_submodule(name).weight.float()
             if scale is not None:
                 weight = weight * scale
-            rows = outgoing.get(name)
-            yield name, weight if rows is None else weight / rows[:, None], moment, rows
+            row_scale = outgoing.get(name)
+            if row_scale is not None:
+                weight = weight / row_scale[:, None]
+            yield FoldedLinear(name, weight, moment, row_scale)
 
 
 def outgoing_scales(layer: nn.Module, scales: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The scale by which each producer's output [out] is divided; value heads hold one of their equal copies."""
+    """The scale that divides each producer's output [out]; value heads hold one of their equal copies."""
     outgoing = dict(scales)
     if "self_attn.v_proj" in outgoing:
         heads, copies = value_heads(layer)

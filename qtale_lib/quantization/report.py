@@ -1,4 +1,4 @@
-"""What a quantization did and found: kept with the model, saved, and applied again to the same float model only."""
+"""What a quantization did and found: kept with the model, saved, applied again to that model only."""
 
 import hashlib
 import json
@@ -18,9 +18,12 @@ TENSORS = ("scales", "clips")
 class QuantizationReport:
     """One quantization of one model.
 
-    `linears`: one row per linear with name, tokens, alpha, clip (mean share of the range kept) and mean square output
-    errors over the calibration tokens: `error` of what was done, `error_rtn` of round-to-nearest, and `power`, the mean
-    square output itself. `scales` [in] (by producer) and `clips` [out, in/group] (by linear) are the search result.
+    `linears`: one row per linear with name, tokens, alpha, clip (mean share of the range kept) and mean
+    square output errors over the calibration tokens: `error` of what was done, `error_rtn` of
+    round-to-nearest, and `power`, the mean square output itself. `scales` [in] (by producer) and `clips`
+    [out, in/group] (by linear) are the search result.
+    `unchosen_layers`: layers that no router decision executed, calibrated on all tokens instead
+    (statistics.py).
     """
 
     method: str
@@ -31,7 +34,7 @@ class QuantizationReport:
     model_sha256: str = ""
     calibration: dict | None = None
     threshold: float | None = None
-    layers_without_tokens: list[int] = field(default_factory=list)
+    unchosen_layers: list[int] = field(default_factory=list)
     linears: list[dict] = field(default_factory=list)
     scales: dict[str, Tensor] = field(default_factory=dict)
     clips: dict[str, Tensor] = field(default_factory=dict)
@@ -64,7 +67,9 @@ def load_search(directory: str | Path) -> QuantizationReport:
     """The report that `save_search` wrote; UserError if there is none."""
     directory = Path(directory)
     if not (directory / "search.json").is_file():
-        raise UserError(f"{directory} holds no quantization search (search.json); write one with save_search.")
+        raise UserError(
+            f"{directory} holds no quantization search (search.json); write one with save_search."
+        )
     record = json.loads((directory / "search.json").read_text())
     if record.pop("schema") != 1:
         raise UserError(f"{directory} holds a quantization search of another version; quantize again.")

@@ -1,10 +1,12 @@
-"""Round-to-nearest: the grid that every quantizer here ends on, and the floor under AWQ (paper, Sec. 4, Table 1).
+"""Round-to-nearest: the grid that every quantizer here ends on, and the floor under AWQ (paper, Sec. 4, Table
+1).
 
-A weight row is cut into groups; each group gets 2^bits evenly spaced values that span its range and contain zero
-exactly (asymmetric, integer zero point). Weights are fake-quantized: rounded to the grid, kept as floats.
+A weight row is cut into groups; each group gets 2^bits evenly spaced values that span its range and contain
+zero exactly (asymmetric, integer zero point). Weights are fake-quantized: rounded to the grid, kept as
+floats.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import gcd
 
 import torch
@@ -51,12 +53,13 @@ def check_grid(linears: Mapping[str, nn.Linear], bits: int, group_size: int) -> 
     widths = {name: linear.in_features for name, linear in linears.items()}
     for name, width in widths.items():
         if width % group_size:
+            sizes = ", ".join(map(str, _common_divisors(widths.values())))
             raise UserError(
-                f"group size {group_size} does not divide the {width} input columns of {name}; sizes that divide every "
-                f"layer: {', '.join(map(str, _common_divisors(widths.values())))}, or -1 for one group per row."
+                f"group size {group_size} does not divide the {width} input columns of {name}; "
+                f"sizes that divide every layer: {sizes}, or -1 for one group per row."
             )
 
 
-def _common_divisors(widths) -> list[int]:
+def _common_divisors(widths: Iterable[int]) -> list[int]:
     common = gcd(*widths)
     return [size for size in range(1, common + 1) if common % size == 0]

@@ -1,22 +1,26 @@
-"""What AWQ needs to know about a layer's inputs, gathered in forward passes of the float model (paper, Sec. 4).
+"""What AWQ needs to know about a layer's inputs, gathered in forward passes of the float model.
 
-A linear layer with weight error D answers x with the error D x, so its mean square output error over the calibration
-tokens is tr(D M Dᵀ) / out with M = mean of x xᵀ: the second moment of the inputs is all a search needs, and exact.
-In a routed model a layer's tokens are those that execute it, at the model's own θ (METHOD, Quantization); padding
-never counts.
+A linear layer with weight error D answers x with the error D x, so its mean square output error over the
+calibration tokens is tr(D M Dᵀ) / out with M = mean of x xᵀ: the second moment of the inputs is all a search
+needs, and exact.
+
+In a routed model a layer's tokens are those that execute it, at the model's own θ; padding never counts. A layer
+that runs no token but the reserved first ones of each sequence is judged on all tokens, and named in the report:
+θ is searched after quantization, and may yet send others through it.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from qtale_lib.errors import UserError
 
-# The linears that read one common input, named by the module whose output that input is (AWQ folds scales into it).
+# The linears that read one common input, by the module that produces it (and takes AWQ's scale into itself).
 READERS: dict[str, tuple[str, ...]] = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attn.v_proj": ("self_attn.o_proj",),
@@ -29,11 +33,17 @@ BATCH_TOKENS = 4096
 
 @dataclass
 class InputStatistics:
-    """Inputs x [tokens, in] of one group of readers: mean of x xᵀ [in, in], mean of |x| [in], number of tokens."""
+    """Inputs x [tokens, in] of one group of readers.
+
+    moment: mean of x xᵀ [in, in]; mean_abs: mean of |x| [in]; tokens: how many counted; chosen: how many of
+    them ran by the router's decision rather than as a sequence's reserved first ones (all, where there is no
+    router).
+    """
 
     moment: Tensor
     mean_abs: Tensor
     tokens: int
+    chosen: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def tokenize(tokenizer, texts: Iterable[str], max_length: int) -> tuple[list[lis
     rows = [list(tokenizer(text)["input_ids"]) for text in texts]
     kept = [row for row in rows if 0 < len(row) <= max_length]
     if not kept:
-        raise UserError(f"none of the {len(rows)} calibration texts has between 1 and {max_length} tokens; give others.")
+        raise UserError(f"none of {len(rows)} calibration texts has between 1 and {max_length} tokens.")
     digest = hashlib.sha256("\n".join(" ".join(map(str, row)) for row in kept).encode()).hexdigest()
     empty = sum(not row for row in rows)
     tokens = sum(map(len, kept))
@@ -71,16 +81,16 @@ def gather(
 ) -> dict[int, dict[str, InputStatistics]]:
     """Statistics {layer: {producer: InputStatistics}} of `layers` over token `rows` (producers: `READERS`).
 
-    `executed_only` counts, in a routed model, only the tokens that execute the layer; a layer without any has tokens 0
-    and zero moments.
+    In a routed model only the tokens that execute the layer count, unless `executed_only` is False.
     """
     sums: dict[tuple[int, str], InputStatistics] = {}
     device = next(model.parameters()).device
     with torch.no_grad(), _evaluating(model), _captured_inputs(model, layers) as captured:
         for ids, valid in _batches(rows, device):
             counted = _counted(model, ids, valid, executed_only)
+            chosen = counted[:, :, _reserved_tokens(model) :].sum((1, 2)).tolist()
             for (layer, producer), inputs in captured.items():
-                _add(sums, (layer, producer), inputs[counted[layer]].float())
+                _add(sums, (layer, producer), inputs[counted[layer]].float(), chosen[layer])
             captured.clear()
     for entry in sums.values():
         entry.moment /= max(entry.tokens, 1)
@@ -98,8 +108,13 @@ def layer_blocks(model: nn.Module) -> Iterator[list[int]]:
 
 
 def is_routed(model: nn.Module) -> bool:
-    """Whether any decoder layer of `model` carries a router."""
-    return any(getattr(layer, "router", None) is not None for layer in model.model.layers)
+    """Whether `model` carries routers."""
+    return hasattr(model.model, "routing")
+
+
+def _reserved_tokens(model: nn.Module) -> int:
+    """First tokens of every sequence that run whatever a router says; rows here are padded on the right."""
+    return model.model.routing.config.always_run_tokens if is_routed(model) else 0
 
 
 def _counted(model: nn.Module, ids: Tensor, valid: Tensor, executed_only: bool) -> Tensor:
@@ -115,14 +130,16 @@ def _counted(model: nn.Module, ids: Tensor, valid: Tensor, executed_only: bool) 
     return everywhere & routes.executed.to(valid.device)
 
 
-def _add(sums: dict, key: tuple[int, str], inputs: Tensor) -> None:
-    moment, mean_abs, tokens = inputs.T @ inputs, inputs.abs().sum(0), len(inputs)  # inputs [tokens, in]
+def _add(sums: dict, key: tuple[int, str], inputs: Tensor, chosen: int) -> None:
+    """Add one batch's inputs [tokens, in] to the sums of `key`."""
+    moment, mean_abs = inputs.T @ inputs, inputs.abs().sum(0)
     if key not in sums:
-        sums[key] = InputStatistics(moment, mean_abs, tokens)
-        return
-    sums[key].moment += moment
-    sums[key].mean_abs += mean_abs
-    sums[key].tokens += tokens
+        sums[key] = InputStatistics(torch.zeros_like(moment), torch.zeros_like(mean_abs), 0, 0)
+    entry = sums[key]
+    entry.moment += moment
+    entry.mean_abs += mean_abs
+    entry.tokens += len(inputs)
+    entry.chosen += chosen
 
 
 def _batches(rows: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -143,6 +160,10 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, T
     return ids.to(device), valid.to(device)
 
 
+def _capture(captured: dict, key: tuple[int, str], linear: nn.Module, args: tuple) -> None:
+    captured[key] = args[0]
+
+
 @contextmanager
 def _captured_inputs(model: nn.Module, layers: Sequence[int]):
     """A dict that forward passes fill with {(layer, producer): inputs [batch, tokens, in]}."""
@@ -151,8 +172,7 @@ def _captured_inputs(model: nn.Module, layers: Sequence[int]):
     for layer in layers:
         for producer, readers in READERS.items():
             linear = model.model.layers[layer].get_submodule(readers[0])
-            keep = lambda _, args, key=(layer, producer): captured.__setitem__(key, args[0])  # noqa: E731
-            hooks.append(linear.register_forward_pre_hook(keep))
+            hooks.append(linear.register_forward_pre_hook(partial(_capture, captured, (layer, producer))))
     try:
         yield captured
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-SOURCE = "printed in the paper (arXiv 2602.10431); our copy came through text extraction of the PDF"
+SOURCE = "Printed in the paper (arXiv 2602.10431); our copy came through text extraction of the PDF."
 MODELS = {"table1": "LLaMA2-7B", "table2": "LLaMA3.1-8B"}
 METHODS = {"full": "Full", "dllm": "D-LLM", "qtale": "QTALE"}
 CSQA = ("piqa", "boolq", "siqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")

@@ -1,0 +1,354 @@
+"""Tables 1, 2 and 4 from the run store, the paper's numbers beside; the setting; the verdicts as a table.
+
+A cell that was not run says so. ± is the sampling error over questions; with two seeds or more the spread
+over seeds (trial error) stands in brackets behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qtale_lib import paper
+from qtale_lib.claims import tally
+from qtale_lib.effects import paper_rule
+from qtale_lib.measurements import Measurements, group_of
+from qtale_lib.provenance import device_name, git_commit, versions
+from qtale_lib.statistics import RULE
+from qtale_lib.tables import NOT_RUN, Table, number, with_errors
+
+ERRORS = (
+    "± is the standard error over questions (sampling error); for PPL over responses.",
+    "In brackets: the standard deviation over seeds (trial error), where there are two or more.",
+)
+RULES_NOTE = (
+    "QTALE stands at its searched θ when quantized and at θ = 0.5 in 16 bits, D-LLM at arg max (θ = 0.5)."
+)
+OTHER_MODEL = (
+    "The paper's models are other models: absolute differences say how far apart they are, not who is right."
+)
+
+
+def setting(store: Measurements) -> Table:
+    """Versions, device, git commit and hashes: the first output of every notebook."""
+    base = store.lab.base()
+    rows = {
+        "profile": f"{store.profile.name} (config {store.profile.digest()})",
+        "base model": f"{base['name']} (sha256 {base['sha256'][:16]})",
+        "parameters": f"{base['parameters']['total']:,}",
+        "tasks": ", ".join(store.profile.tasks),
+        "methods; bits; seeds": "; ".join(
+            _listed(store.profile, name) for name in ("methods", "bits", "seeds")
+        ),
+        "git commit": git_commit() or "no checkout",
+        "device": device_name(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    text = pd.DataFrame(rows.items(), columns=["setting", "value"])
+    return Table("setting", "Setting", text, text, ("setting",))
+
+
+def _listed(profile: Any, name: str) -> str:
+    return ", ".join(map(str, getattr(profile, name)))
+
+
+# Tables 1 and 2.
+
+
+def accuracy_cells(store: Measurements) -> pd.DataFrame:
+    """Tidy: bits, method, task (or "avg" over the CSQA tasks run), value, sampling, spread, seeds.
+
+    Accuracies in percent. `sampling` is the standard error over questions, `spread` the deviation over seeds.
+    """
+    frame = store.evaluations
+    if frame.empty:
+        return pd.DataFrame(columns=["bits", "method", "task", "value", "sampling", "spread", "seeds"])
+    usual = [rule == paper_rule(m, b) for rule, m, b in frame[["theta_rule", "method", "bits"]].values]
+    frame = _in_percent(frame[usual])
+    csqa = frame[frame.task.map(group_of) == "csqa"]
+    keys = ["bits", "method", "seed"]
+    average = (
+        csqa.groupby(keys).agg(value=("value", "mean"), sampling=("sampling", _error_of_mean)).reset_index()
+    )
+    frame = pd.concat([frame, average.assign(task="avg")])
+    frame["task"] = frame.task.replace({"alpaca": "alpaca_ppl"})
+    return _over_seeds(frame, ["bits", "method", "task"])
+
+
+def _in_percent(frame: pd.DataFrame) -> pd.DataFrame:
+    """`value` and `sampling`: accuracy in percent or PPL, and its standard error."""
+    scale = np.where(frame.metric == "acc", 100.0, 1.0)
+    values = np.where(frame.metric == "acc", frame.get("acc", np.nan), frame.get("ppl", np.nan)).astype(float)
+    return frame.assign(value=values * scale, sampling=frame.stderr.astype(float) * scale)
+
+
+def _error_of_mean(errors: pd.Series) -> float:
+    return sqrt(float((errors**2).sum())) / len(errors)
+
+
+def _over_seeds(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Mean over seeds; the sampling error is a seed's (all seeds answer the same questions)."""
+    grouped = frame.groupby(keys, sort=False)
+    return grouped.agg(
+        value=("value", "mean"),
+        sampling=("sampling", "mean"),
+        spread=("value", "std"),
+        seeds=("value", "size"),
+    ).reset_index()
+
+
+def accuracy_table(store: Measurements) -> Table:
+    """Ours in the layout of Tables 1 and 2: rows bits x method, columns tasks."""
+    cells = accuracy_cells(store)
+    held = cells.set_index(["bits", "method", "task"])
+    rows = [(bits, method) for bits in store.profile.bits for method in store.profile.methods]
+    text = pd.DataFrame([_accuracy_row(held, bits, method) for bits, method in rows])
+    caption = f"Accuracy (%) and PPL, profile {store.profile.name}"
+    return Table(
+        "table_1_2_accuracy",
+        caption,
+        text,
+        cells,
+        ("bits", "method", "task"),
+        (*ERRORS, RULES_NOTE, *_partial(store)),
+    )
+
+
+def _accuracy_row(held: pd.DataFrame, bits: int, method: str) -> dict[str, str]:
+    row = {"bits": str(bits), "method": paper.METHODS[method], "θ": _theta_text(paper_rule(method, bits))}
+    cells = {paper.TASK_LABELS[task]: _cell(held, bits, method, task) for task in paper.ACCURACY_COLUMNS}
+    return {**row, **cells}
+
+
+def _cell(held: pd.DataFrame, *key: Any) -> str:
+    """The value at a key with its errors; accuracies with one decimal, as these allow, PPL with two."""
+    if key not in held.index:
+        return NOT_RUN
+    digits = 2 if str(key[-1]).startswith("alpaca") else 1
+    return with_errors(*held.loc[key, ["value", "sampling", "spread"]], digits=digits)
+
+
+def _theta_text(rule: str) -> str:
+    return {"none": "–", "argmax": "0.5", "searched": "searched", "zero": "→ 0"}[rule]
+
+
+def _partial(store: Measurements) -> tuple[str, ...]:
+    missing = [paper.TASK_LABELS[task] for task in paper.CSQA if task not in store.profile.tasks]
+    note = f"Our CSQA average is over the tasks run; not run in this profile: {', '.join(missing)}."
+    return (note,) if missing else ()
+
+
+def accuracy_beside_paper(store: Measurements, table: str) -> Table:
+    """The paper's Table 1 or 2 ("table1", "table2"); the frame: printed | ours | errors | difference."""
+    printed = paper.accuracy().query("table == @table").rename(columns={"value": "paper"})
+    both = printed.merge(accuracy_cells(store), "left", on=["bits", "method", "task"])
+    both = both.rename(columns={"value": "ours"}).assign(difference=lambda f: f.ours - f.paper)
+    both = both.drop(columns=["table", "model"])
+    wide = {paper.TASK_LABELS[task]: _beside_cells(part) for task, part in both.groupby("task", sort=False)}
+    rows = both[both.task == "avg"]
+    labels = {"bits": rows.bits.astype(str).values, "method": rows.method.map(paper.METHODS).values}
+    caption = f"Table {table[-1]} of the paper ({paper.MODELS[table]}), in brackets ours − the paper's"
+    return Table(
+        {"table1": "table_1_beside", "table2": "table_2_beside"}[table],
+        caption,
+        pd.DataFrame({**labels, **wide}),
+        both,
+        ("bits", "method", "task"),
+        (paper.SOURCE, OTHER_MODEL, "Ours with their errors: table_1_2_accuracy.", *_partial(store)),
+    )
+
+
+def _beside_cells(part: pd.DataFrame) -> list[str]:
+    return [f"{number(row.paper)} ({number(row.difference, sign=True)})" for row in part.itertuples()]
+
+
+def changes_table(store: Measurements) -> Table:
+    """What quantization changes from a method's own 16-bit value, ours beside both of the paper's models."""
+    sources = {"ours": accuracy_cells(store), **dict(iter(paper.accuracy().groupby("model")))}
+    frame = pd.concat([_changes(cells).assign(source=name) for name, cells in sources.items()])
+    held = frame.set_index(["source", "bits", "method", "task"]).change
+    rows = [
+        (b, t, m)
+        for b in (4, 3, 2)
+        for t in CHANGED
+        for m in paper.METHODS
+        if ("ours", b, m, t) in held.index
+    ]
+    text = pd.DataFrame([
+        {"bits": str(bits), "task": paper.TASK_LABELS[task], "method": paper.METHODS[method],
+         **{source: _signed(held.get((source, bits, method, task))) for source in sources}}
+        for bits, task, method in rows
+    ])  # fmt: skip
+    notes = ("Accuracy points; for PPL the change in percent (100 x difference of log PPL).", RULES_NOTE)
+    caption = "Change from 16 bits, ours beside the paper's models"
+    keys = ("source", "bits", "method", "task")
+    return Table("table_1_2_changes", caption, text, frame, keys, notes)
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else number(value, sign=True)
+
+
+CHANGED = ("avg", "mmlu", "alpaca_ppl")
+
+
+def _changes(cells: pd.DataFrame) -> pd.DataFrame:
+    cells = cells[cells.task.isin(CHANGED)]
+    ppl = cells.task == "alpaca_ppl"
+    values = cells.value.astype(float)
+    cells = cells.assign(value=np.where(ppl, 100 * np.log(values), values))
+    whole = cells[cells.bits == 16].set_index(["method", "task"]).value.rename("whole")
+    cells = cells[cells.bits < 16].join(whole, on=["method", "task"])
+    return cells.assign(change=cells.value - cells.whole)[["bits", "method", "task", "change"]]
+
+
+def rows_table(store: Measurements) -> Table:
+    """How many training rows and test questions were used, and how many over-long ones left out or cut."""
+    frame = pd.DataFrame([*_train_rows(store), *_test_rows(store)], columns=["task", "split", *ROWS, "facts"])
+    text = frame.map(
+        lambda value: "–" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+    )
+    text["task"] = frame.task.map(paper.TASK_LABELS)
+    notes = ("Dropped, cut: too long for the profile's max_length. Facts: distinct facts asked for.",)
+    return Table("rows", "Training rows and test questions", text, frame, ("task", "split"), notes)
+
+
+ROWS = ("used", "dropped", "cut")
+
+
+def _train_rows(store: Measurements) -> list[dict[str, Any]]:
+    runs = store.lab.finetunes()
+    runs = runs.drop_duplicates("task") if len(runs) else runs
+    specs = [{"task": run.task, "method": run.method, "seed": run.seed} for run in runs.itertuples()]
+    values = [store.lab.result("finetune", **spec)["value"] for spec in specs]
+    return [{"task": s["task"], "split": "train", **v["rows"]} for s, v in zip(specs, values, strict=True)]
+
+
+def _test_rows(store: Measurements) -> list[dict[str, Any]]:
+    cells = {cell[0]: cell for cell in store.answers}
+    rows = []
+    for task, (_, method, seed, bits, rule) in cells.items():
+        spec = {"task": task, "method": method, "seed": seed, "bits": bits, "theta": rule}
+        value = store.lab.result("evaluation", **spec)["value"]
+        facts = len({fact for names in value["facts"] for fact in names})
+        rows.append({"task": task, "split": "test", **value["rows"], "facts": facts or None})
+    return rows
+
+
+# Table 4.
+
+ABLATION_METHODS = {"dllm": "no", "qtale": "yes"}  # entropy loss?
+ABLATION_RULES = {"argmax": "0.5", "searched": "adjust", "zero": "→ 0"}
+ABLATION_NUMBERS = ("value", "sampling", "spread", "execution_ratio", "theta_value")
+
+
+def ablation_cells(store: Measurements, bits: Iterable[int] = (4, 16)) -> pd.DataFrame:
+    """Tidy: bits, entropy_loss, theta, group, value, its errors, execution_ratio and theta_value (means)."""
+    frame, keys = store.evaluations, ["bits", "entropy_loss", "theta", "group"]
+    if frame.empty:
+        return pd.DataFrame(columns=[*keys, *ABLATION_NUMBERS])
+    frame = _in_percent(frame[frame.method.isin(ABLATION_METHODS) & frame.bits.isin(list(bits))])
+    frame = frame.assign(
+        entropy_loss=frame.method.map(ABLATION_METHODS),
+        theta_value=frame.theta.astype(float),
+        theta=frame.theta_rule.map(ABLATION_RULES),
+        group=frame.task.map(group_of),
+    )
+    means = {name: (name, "mean") for name in ("value", "execution_ratio", "theta_value")}
+    per_seed = (
+        frame.groupby([*keys, "seed"]).agg(**means, sampling=("sampling", _error_of_mean)).reset_index()
+    )
+    ratios = per_seed.groupby(keys)[["execution_ratio", "theta_value"]].mean().reset_index()
+    return _over_seeds(per_seed, keys).merge(ratios, on=keys)[[*keys, *ABLATION_NUMBERS]]
+
+
+def ablation_table(store: Measurements) -> Table:
+    """Table 4 in its layout (entropy x theta, 4 bits), with the controls theta -> 0 and 16 bits."""
+    cells = ablation_cells(store)
+    held = cells.set_index(["bits", "entropy_loss", "theta", "group"])
+    text = pd.DataFrame([
+        _ablation_row(held, bits, entropy, theta)
+        for bits in (4, 16) for entropy in ABLATION_METHODS.values() for theta in ABLATION_RULES.values()
+    ])  # fmt: skip
+    notes = (
+        *ERRORS,
+        "R: executed share of all (token, layer) pairs. Rows at 4 bits with θ 0.5 and adjust are as in the paper; "
+        "θ → 0 (every layer runs) and 16 bits (θ adjusted without quantization) are controls that it lacks.",
+        "Adjusted θ: mean over tasks of the θ searched on calibration questions.",
+    )
+    keys = ("bits", "entropy_loss", "theta", "group")
+    return Table("table_4_ablation", f"Ablation, profile {store.profile.name}", text, cells, keys, notes)
+
+
+def _ablation_row(held: pd.DataFrame, bits: int, entropy: str, theta: str) -> dict[str, str]:
+    row, adjusted = {"bits": str(bits), "entropy loss": entropy, "θ": theta}, []
+    for group in paper.GROUPS:
+        key = (bits, entropy, theta, group)
+        ratio, used = held.loc[key, ["execution_ratio", "theta_value"]] if key in held.index else (None, None)
+        label, metric = paper.TASK_LABELS[group], "PPL" if group == "alpaca" else "acc."
+        row |= {f"{label} {metric}": _cell(held, *key), f"{label} R": number(ratio)}
+        adjusted.append(number(used))
+    return {**row, "adjusted θ": " / ".join(adjusted) if theta == "adjust" else "–"}
+
+
+def ablation_beside_paper(store: Measurements) -> Table:
+    """Table 4: ours | the paper's two models | difference, for accuracy or PPL and for R."""
+    ours = ablation_cells(store, [4]).drop(columns=["bits", "sampling", "spread", "theta_value"])
+    printed = paper.ablation().rename(columns={"task": "group", "execution_ratio": "R", "value": "paper"})
+    both = printed.merge(ours, "left", on=["entropy_loss", "theta", "group"])
+    both = both.assign(difference=both.value - both.paper, R_difference=both.execution_ratio - both.R)
+    text = pd.DataFrame({
+        "model": both.model, "entropy loss": both.entropy_loss, "θ": both.theta,
+        "task": both.group.map(paper.TASK_LABELS), "paper": both.paper.map(number),
+        "ours": both.value.map(number), "difference": both.difference.map(_signed),
+        "paper's R": both.R.map(number), "our R": both.execution_ratio.map(number),
+        "difference in R": both.R_difference.map(_signed),
+    })  # fmt: skip
+    keys = ("model", "entropy_loss", "theta", "group")
+    notes = (paper.SOURCE, OTHER_MODEL, "Ours with errors: table_4_ablation.")
+    return Table("table_4_beside", "Table 4 of the paper (4 bits) beside ours", text, both, keys, notes)
+
+
+# Notes on the paper's own arithmetic, and verdicts.
+
+
+def arithmetic_table() -> Table:
+    """What the paper's printed columns give when recomputed, where that differs from what it prints."""
+    frame = paper.arithmetic()
+    text = frame.assign(**{name: frame[name].map(number) for name in frame.columns[1:]})
+    return Table("paper_arithmetic", "Recomputed from the printed columns", text, frame, ("where",),
+                 (paper.SOURCE,))  # fmt: skip
+
+
+def verdict_table(frame: pd.DataFrame, name: str = "claims") -> Table:
+    """Verdicts (claims.verdicts) for readers: claim, measured, effect with interval, the paper's, verdict."""
+    intervals = [_interval(row) for row in frame.itertuples()]
+    text = pd.DataFrame({
+        "claim": frame.id, "the paper": [f"“{r.quote}” ({r.source})" for r in frame.itertuples()],
+        "measured": frame.measured, "effect [95 %]": intervals,
+        "paper's": [number(value) if pd.notna(value) else "–" for value in frame.paper],
+        "detectable": [number(value) if pd.notna(value) else "–" for value in frame.detectable],
+        "over": [_basis(row) for row in frame.itertuples()],
+        "verdict": [f"{row.verdict}: {row.reason}" for row in frame.itertuples()],
+    })  # fmt: skip
+    counts = ", ".join(f"{count} {word}" for word, count in tally(frame).items())
+    return Table(name, f"Claims: {counts}", text, frame, ("id",), (RULE,))
+
+
+def _interval(row: Any) -> str:
+    if pd.isna(row.effect):
+        return NOT_RUN
+    return f"{number(row.effect)} [{number(row.low)}, {number(row.high)}] {row.unit}"
+
+
+def _basis(row: Any) -> str:
+    if pd.isna(row.tasks):
+        return "–"
+    if row.id.startswith("F4"):
+        return f"{row.seeds:.0f} batches of draws"
+    questions = f", {row.questions:.0f} questions" if row.questions else ""
+    return f"{row.tasks:.0f} task(s), {row.seeds:.0f} seed(s){questions}"

@@ -1,0 +1,122 @@
+"""A table once, as Markdown, LaTeX (booktabs) and CSV: formatted text for readers, tidy numbers for programs.
+
+The CSV holds the tidy frame that the text was made from. Notes say what ± and every abbreviation mean.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from qtale_lib.provenance import ROOT
+
+NOT_RUN = "not run"
+LATEX = {
+    "\\": r"\textbackslash{}", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "−": "$-$",
+    "×": r"$\times$", "θ": r"$\theta$", "λ": r"$\lambda$", "π": r"$\pi$", "Δ": r"$\Delta$", "σ": r"$\sigma$",
+    "≤": r"$\leq$", "|": r"$|$", "→": r"$\to$", "…": r"\ldots{}", "·": r"$\cdot$", "–": "--", "^": r"\^{}",
+    "<": "$<$", ">": "$>$", "~": r"\textasciitilde{}", "{": r"\{", "}": r"\}", "$": r"\$", "²": r"$^2$",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """`text`: what readers see, strings only; `frame`: the numbers behind it, tidy, one row per `keys`."""
+
+    name: str
+    caption: str
+    text: pd.DataFrame
+    frame: pd.DataFrame
+    keys: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def _repr_markdown_(self) -> str:
+        return to_markdown(self)
+
+
+def number(value: Any, digits: int = 2, sign: bool = False) -> str:
+    """A number for readers, with a true minus sign; "not run" for None and NaN."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return NOT_RUN
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def with_errors(value: Any, sampling: Any, spread: Any = None, digits: int = 2) -> str:
+    """ "78.90 ± 1.10", and "(0.80)" behind it if a spread over seeds is known."""
+    if number(value) == NOT_RUN:
+        return NOT_RUN
+    known = number(sampling, digits) != NOT_RUN
+    text = number(value, digits) + (f" ± {number(sampling, digits)}" if known else "")
+    return text if number(spread) == NOT_RUN else f"{text} ({number(spread, digits)})"
+
+
+def to_markdown(table: Table) -> str:
+    """Caption, a pipe table with its header, and the notes."""
+    header = [str(column) for column in table.text.columns]
+    rows = [header, ["---"] * len(header), *table.text.astype(str).values.tolist()]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    notes = [f"*{note}*" for note in table.notes]
+    return "\n\n".join([f"**{table.caption}**", "\n".join(lines), *notes]) + "\n"
+
+
+def to_latex(table: Table) -> str:
+    """A booktabs table environment, labelled tab:<name>; the notes stand below it in small print."""
+    columns, header = "l" * len(table.text.columns), _latex_row(map(str, table.text.columns))
+    rows = [_latex_row(row) for row in table.text.astype(str).values.tolist()]
+    notes = [rf"\par\footnotesize {_latex(note)}" for note in table.notes]
+    return "\n".join([
+        r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering",
+        rf"\caption{{{_latex(table.caption)}}}", rf"\label{{tab:{table.name}}}",
+        rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule",
+        *rows, r"\bottomrule", r"\end{tabular}", *notes, r"\end{table}", "",
+    ])  # fmt: skip
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def _latex_row(cells: Any) -> str:
+    return " & ".join(_latex(cell) for cell in cells) + r" \\"
+
+
+def save(table: Table, directory: Path) -> list[Path]:
+    """Write <name>.md, .tex and .csv into `directory`; returns the paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    texts = {"md": to_markdown(table), "tex": to_latex(table)}
+    paths = [directory / f"{table.name}.{suffix}" for suffix in ("md", "tex", "csv")]
+    for path, text in zip(paths, texts.values(), strict=False):
+        path.write_text(text, encoding="utf-8")
+    table.frame.to_csv(paths[-1], index=False, lineterminator="\n")
+    return paths
+
+
+def beside_reference(table: Table, profile: str, root: Path = ROOT) -> Table:
+    """Every number of a table beside the committed reference run's: here | reference | difference.
+
+    Without a reference of that profile the table has no rows and its note says so.
+    """
+    path = root / "results" / "reference" / profile / "tables" / f"{table.name}.csv"
+    if not path.is_file():
+        note = f"No reference run of profile {profile} is committed."
+        return replace(table, text=pd.DataFrame({"reference": []}), frame=pd.DataFrame(), notes=(note,))
+    frame = _compared(table.frame, pd.read_csv(path), list(table.keys))
+    shown = {name: frame[name].map("{:.4g}".format) for name in ("here", "reference", "difference")}
+    note = "The reference is a committed run of the same profile; its provenance lies beside it."
+    caption = f"{table.caption}: here beside the committed reference run"
+    return replace(table, caption=caption, text=frame.assign(**shown), frame=frame, notes=(note,))
+
+
+def _compared(here: pd.DataFrame, reference: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """The numbers of both frames in long form, matched on their keys."""
+    numbers = [name for name in here.select_dtypes("number") if name in reference and name not in keys]
+    long = [
+        frame.astype(dict.fromkeys(keys, str)).melt(keys, numbers, "quantity", name)
+        for frame, name in ((here, "here"), (reference, "reference"))
+    ]
+    both = long[0].merge(long[1], on=[*keys, "quantity"]).dropna(subset=["here", "reference"])
+    return both.assign(difference=both.here - both.reference)

@@ -276,8 +276,8 @@ def ablation_table(store: Measurements) -> Table:
     ])  # fmt: skip
     notes = (
         *ERRORS,
-        "R: executed share of all (token, layer) pairs. Rows at 4 bits with θ 0.5 and adjust are as in the paper; "
-        "θ → 0 (every layer runs) and 16 bits (θ adjusted without quantization) are controls that it lacks.",
+        "R: executed share of all (token, layer) pairs. 4 bits with θ 0.5 and adjust: as in the paper. θ → 0 "
+        "(every layer runs) and 16 bits (θ adjusted without quantization) are controls that it lacks.",
         "Adjusted θ: mean over tasks of the θ searched on calibration questions.",
     )
     keys = ("bits", "entropy_loss", "theta", "group")

@@ -1,0 +1,85 @@
+"""Figure 1 from real counts: what each technique keeps in memory and executes, layer by layer of the model.
+
+Memory is that of the decoder layers' weights; executed shares are those of the last probe (arg max decisions,
+training samples), averaged over the fine-tunings of a method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from qtale_lib.measurements import Measurements
+
+TITLES = {
+    "a": "Original",
+    "b": "Layer pruning",
+    "c": "Token-adaptive",
+    "d": "Quantization",
+    "e": "Combined",
+}
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Per layer: memory relative to 16 bit, and the share of tokens that execute it."""
+
+    fill: np.ndarray
+    executed: np.ndarray
+
+
+def frame(store: Measurements) -> pd.DataFrame:
+    """Figure 1, tidy (see figures.overview): panel, title, note, layer, fill, executed."""
+    count = store.lab.base()["config"]["num_hidden_layers"]
+    whole = store.lab.base()["parameters"]["decoder"] * 2 / MIB  # 16 bit
+    bits = min((b for b in store.profile.bits if b < 16), key=lambda b: abs(b - 4), default=None)
+    dllm, qtale = (_executed(store, method) for method in ("dllm", "qtale"))
+    full, share = np.ones(count), _share(bits, store.profile.group_size)
+    panels = {
+        "a": _Layers(full, full),
+        "b": _pruned(dllm),
+        "c": None if dllm is None else _Layers(full, dllm),
+        "d": None if bits is None else _Layers(full * share, full),
+        "e": None if bits is None or qtale is None else _Layers(full * share, qtale),
+    }
+    names = {"a": "16 bits", "b": "16 bits, FLOPs at most (c)'s", "c": "D-LLM, 16 bits"}
+    names |= {"d": f"{bits} bits", "e": f"QTALE, {bits} bits"}
+    parts = [_panel(panel, layers, whole, names[panel]) for panel, layers in panels.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _executed(store: Measurements, method: str) -> np.ndarray | None:
+    """Mean final execution ratio of every layer, [layers]; None if the method was not run."""
+    frame = store.layers[store.layers.method == method]
+    if frame.empty:
+        return None
+    final = frame[frame.epoch == frame.groupby(["task", "seed"]).epoch.transform("max")]
+    return final.groupby("layer").ratio.mean().to_numpy()
+
+
+def _share(bits: int | None, group_size: int) -> float:
+    """Memory of a weight relative to 16 bit, with its share of the group's scale (16 bit) and zero point."""
+    overhead = 0.0 if group_size < 0 or bits is None else (16 + bits) / group_size
+    return ((bits or 16) + overhead) / 16
+
+
+def _pruned(executed: np.ndarray | None) -> _Layers | None:
+    """Whole layers removed, those that D-LLM executes least, until no more is executed than by D-LLM."""
+    if executed is None:
+        return None
+    kept, removed = np.ones(len(executed)), int(np.ceil(len(executed) - executed.sum()))
+    kept[np.argsort(executed, kind="stable")[:removed]] = 0.0
+    return _Layers(kept, kept)
+
+
+def _panel(panel: str, layers: _Layers | None, whole: float, what: str) -> pd.DataFrame:
+    said = {"panel": panel, "title": TITLES[panel]}
+    if layers is None:
+        return pd.DataFrame([{**said, "note": " ", "layer": np.nan, "fill": np.nan, "executed": np.nan}])
+    memory, flops = whole * layers.fill.mean(), 100 * layers.executed.mean()
+    note = f"{what}\nmemory {memory:.1f} MiB\nlayer FLOPs {flops:.0f} %"
+    columns = {"layer": range(len(layers.fill)), "fill": layers.fill, "executed": layers.executed}
+    return pd.DataFrame({**said, "note": note, **columns})

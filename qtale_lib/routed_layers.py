@@ -66,14 +66,14 @@ class ForwardPass:
     """What the layers of one forward pass share; it travels to them as the keyword `routing`.
 
     valid: bool [B, T], False on padding.
-    always: bool [B, T], True on reserved tokens and on padding (whose keys the attention mask hides).
+    reserved: bool [B, T], True on the first tokens of each sequence, and on padding left of them.
     past: number of cached tokens before these.
     """
 
     def __init__(self, state: RoutingState, seen: Tensor, past: int, cache: DynamicCache | None):
         self.state, self.past, self.cache = state, past, cache
         self.valid = seen[:, past:]
-        self.always = ~self.valid | (seen.cumsum(1)[:, past:] <= state.config.always_run_tokens)
+        self.reserved = seen.cumsum(1)[:, past:] <= state.config.always_run_tokens
         self.noise: Tensor | None = None
         self.logits, self.gates, self.soft, self.executed = {}, {}, {}, {}
         self._masks = {}
@@ -85,7 +85,7 @@ class ForwardPass:
             self.noise = gumbel(shape, self.state.generator, logits.device, logits.dtype)
         noise = self.noise[layer - self.state.config.always_run_layers]
         hard, soft = gumbel_softmax(logits, noise, self.state.config.tau)
-        gate = hard[..., EXECUTE].masked_fill(self.always, 1.0)
+        gate = hard[..., EXECUTE].masked_fill(self.reserved, 1.0)
         if self.state.recorder is not None:
             self.logits[layer], self.gates[layer], self.soft[layer] = logits.detach(), gate, soft
             self.executed[layer] = (gate.detach() > 0) & self.valid
@@ -93,7 +93,7 @@ class ForwardPass:
 
     def decide(self, layer: int, logits: Tensor) -> Tensor:
         """Evaluation: the rule of θ (Eq. 9). [B, T, 2] -> bool [B, T]."""
-        executed = decide(logits, self.state.theta) | self.always
+        executed = decide(logits, self.state.theta) | self.reserved
         if self.state.recorder is not None:
             self.logits[layer], self.executed[layer] = logits.detach(), executed & self.valid
         return executed

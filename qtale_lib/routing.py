@@ -77,7 +77,7 @@ def gumbel_softmax(logits: Tensor, noise: Tensor, tau: float = 1.0) -> tuple[Ten
     soft = torch.softmax((logits + noise) / tau, dim=-1)
     values = soft.detach()
     hard = torch.zeros_like(values).scatter_(-1, values.argmax(-1, keepdim=True), 1.0)
-    return hard + (soft - values), soft  # this order of the sum keeps 0 and 1 exact
+    return hard + (soft - values), soft
 
 
 def threshold_shift(theta: float) -> float:

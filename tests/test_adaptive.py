@@ -459,6 +459,7 @@ def test_routes_of_a_generation_are_those_of_its_text():
         text = model.generate(ids, attention_mask=torch.ones_like(ids), **extra)
     _, full = run(model, text[:, :-1])  # the last token was never fed
     assert torch.equal(routes.executed, full.executed)
+    torch.testing.assert_close(routes.logits, full.logits, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_cache_without_routes_and_fixed_caches_are_refused():

@@ -4,8 +4,8 @@ A linear layer with weight error D answers x with the error D x, so its mean squ
 calibration tokens is tr(D M Dᵀ) / out with M = mean of x xᵀ: the second moment of the inputs is all a search
 needs, and exact.
 
-In a routed model a layer's tokens are those that execute it, at the model's own θ; padding never counts. A layer
-that runs no token but the reserved first ones of each sequence is judged on all tokens, and named in the report:
+In a routed model a layer's tokens are those that execute it, at the model's own θ; padding never counts. One
+that runs no token but the reserved first of each sequence is judged on all tokens, and named in the report:
 θ is searched after quantization, and may yet send others through it.
 """
 

@@ -80,7 +80,7 @@ class ForwardPass:
 
     def sample(self, layer: int, logits: Tensor) -> Tensor:
         """Training: the straight-through execute gate of Eq. 5, 6, exactly 0 or 1. [B, T, 2] -> [B, T]."""
-        if self.noise is None:  # for all layers at once: it costs a small model much
+        if self.noise is None:  # one draw for all layers
             shape = (len(self.state.routed_layers), *logits.shape)
             self.noise = gumbel(shape, self.state.generator, logits.device, logits.dtype)
         noise = self.noise[layer - self.state.config.always_run_layers]
@@ -153,6 +153,7 @@ class RoutedLayer:
 
 @functools.cache
 def routed_class(layer_class: type) -> type:
+    """The subclass of a decoder layer class that runs as `RoutedLayer` says."""
     routed = type(f"Routed{layer_class.__name__}", (RoutedLayer, layer_class), {})
     # transformers wraps each new layer class for gradient checkpointing; RoutedLayer does its own
     del routed.forward
@@ -161,7 +162,12 @@ def routed_class(layer_class: type) -> type:
 
 def start_pass(decoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the decoder: work out what its layers must know of this pass."""
-    kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
+    if decoder.config._attn_implementation not in ("eager", "sdpa"):
+        raise UserError(
+            "A routed model needs attn_implementation eager or sdpa: set it when loading the base."
+        )
+    if args:
+        kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
     cache = _no_cache(kwargs) if decoder.training else _tracked_cache(decoder, kwargs)
     past = cache.get_seq_length() if cache is not None else 0
     seen = _seen_tokens(kwargs, past)

@@ -549,6 +549,15 @@ def test_always_run_layers_ones_in_the_record_of_training():
         evaluated.gates  # noqa: B018
 
 
+def test_the_decoder_alone_takes_arguments_by_position():
+    model, ids, mask = make_routed(), tokens(), padding_mask([11, 7, 3], "right")
+    with torch.no_grad(), record_routes(model) as routes:
+        by_position = model.model(ids, mask).last_hidden_state
+    assert torch.equal(routes.valid, mask.bool())
+    with torch.no_grad():
+        assert torch.equal(by_position, model.model(input_ids=ids, attention_mask=mask).last_hidden_state)
+
+
 def test_recorders_nest_and_end():
     model, ids = make_routed(), tokens()
     with record_routes(model) as outer:
@@ -578,6 +587,8 @@ def test_what_cannot_be_routed_is_refused_with_a_sentence():
         set_threshold(make_base(), 0.5)
     with pytest.raises(UserError, match="2-D"):
         make_routed()(tokens(), attention_mask=torch.ones(3, 1, LENGTH, LENGTH))
+    with pytest.raises(UserError, match="eager or sdpa"):
+        make_routed(attention="flex_attention")(tokens())
     with pytest.raises(UserError, match="θ"):
         set_threshold(make_routed(), 1.0)
     with pytest.raises(NotImplementedError, match="dropout"):

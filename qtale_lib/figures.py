@@ -70,14 +70,14 @@ def canvas(
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def save(figure: Figure, data: pd.DataFrame, name: str, directory: Path) -> list[Path]:
-    """Write `name` as PDF, PNG and SVG, and the plotted data as CSV; returns the paths."""
+def save(figure: Figure, data: pd.DataFrame, name: str, directory: Path) -> dict[str, Path]:
+    """Write `name` as PDF, PNG and SVG, and the plotted data as CSV; returns the path of every format."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"{name}.{suffix}" for suffix in (*FORMATS, "csv")]
+    paths = {suffix: directory / f"{name}.{suffix}" for suffix in (*FORMATS, "csv")}
     with matplotlib.rc_context(STYLE):
-        for path, suffix in zip(paths, FORMATS, strict=False):
-            figure.savefig(path, metadata=UNDATED[suffix])
-    data.to_csv(paths[-1], index=False, lineterminator="\n")
+        for suffix in FORMATS:
+            figure.savefig(paths[suffix], metadata=UNDATED[suffix])
+    data.to_csv(paths["csv"], index=False, lineterminator="\n")
     return paths
 
 
@@ -168,11 +168,11 @@ def _heatmap(axis: Axes, frame: pd.DataFrame):
 # Figures 3 and 7.
 
 
-def ratios_and_flips(frame: pd.DataFrame, floor: float) -> Figure:
+def ratios_and_flips(frame: pd.DataFrame) -> Figure:
     """Fig. 3: (a) execution ratio and (b) flip share by epoch for a few layers of D-LLM.
 
-    `frame`: epoch, layer, ratio, flip (measured), flip_expected (closed form, drawn as a thin line), one row
-    per epoch and layer. `floor`: the ratio that tokens which always run give to any layer.
+    `frame`: epoch, layer, ratio, floor (the ratio that always-run tokens give to any layer), flip (measured)
+    and flip_expected (closed form, drawn as a line); one row per epoch and layer.
     """
     if frame.empty:
         return empty()
@@ -182,7 +182,7 @@ def ratios_and_flips(frame: pd.DataFrame, floor: float) -> Figure:
         part = frame[frame.layer == layer]
         ratio.plot(part.epoch, 100 * part.ratio, label=f"layer {layer}", **style)
         _flip_lines(flips, part, f"layer {layer}", style)
-    ratio.axhline(100 * floor, color="0.5", linewidth=0.7, label="tokens that always run")
+    ratio.axhline(100 * frame.floor.mean(), color="0.5", linewidth=0.7, label="tokens that always run")
     ratio.set(xlabel="epoch", ylabel="execution ratio (%)", ylim=(0, 104), title="(a) execution ratio")
     flips.set(xlabel="epoch", ylabel="decisions flipped (%)", title="(b) flips by Gumbel noise")
     flips.set_ylim(bottom=0)

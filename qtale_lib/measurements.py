@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from qtale_lib import paper
+from qtale_lib.jobs import FIGURE_2_TASKS, probed_task
 
 ROUTED_METHODS = ("dllm", "qtale")
 SHOWN_EPOCHS = (0, 3, 6)  # of Fig. 2, 5 and 6; the last epoch is added
@@ -85,8 +86,8 @@ class Measurements:
     def layers(self) -> pd.DataFrame:
         """One row per task, method, seed, epoch and layer, with the columns PROBED.
 
-        `ratio` is over all tokens; `routed_ratio` leaves out the first tokens, which always run and
-        alone lift the ratio of short prompts. A layer that always runs has ratio 1 and the rest NaN.
+        `ratio` is over all tokens; `routed_ratio` leaves out the first tokens of a sequence, which always run
+        and alone lift the ratio of short prompts to `floor`. Always-run layers have ratio 1 and the rest NaN.
         """
         frames = [
             _layer_frame(probe).assign(task=task, method=method, seed=seed)
@@ -103,6 +104,28 @@ class Measurements:
         runs = runs[runs.method.isin(ROUTED_METHODS)].sort_values(["task", "method", "seed"])
         return [(task, method, int(seed)) for task, method, seed in runs[["task", "method", "seed"]].values]
 
+    def ratios_by_layer(self, method: str) -> pd.DataFrame:
+        """Fig. 2, tidy: task, epoch, layer, ratio (mean over seeds); epochs and tasks as in the paper."""
+        frame = self.layers[self.layers.method == method]
+        tasks = [task for task in FIGURE_2_TASKS if task in set(frame.task)] or list(
+            dict.fromkeys(frame.task)
+        )
+        parts = [frame[(frame.task == task) & frame.epoch.isin(shown_epochs(frame.epoch))] for task in tasks]
+        keys = ["task", "epoch", "layer"]
+        chosen = pd.concat([frame[:0], *parts])
+        return chosen.groupby(keys, sort=False).ratio.mean().reset_index()
+
+    def lowest_by_epoch(self, *methods: str) -> pd.DataFrame:
+        """Fig. 3 and 7, tidy: method, layer, epoch and the probed numbers (mean over seeds).
+
+        The layers are the lowest under D-LLM on the task of these figures; no rows without D-LLM.
+        """
+        task = self.figure_task()
+        layers = self.lowest_layers(task) if task else []
+        frame = self.layers
+        frame = frame[(frame.task == task) & frame.method.isin(methods) & frame.layer.isin(layers)]
+        return frame.groupby(["method", "layer", "epoch"])[list(PROBED)].mean().reset_index()
+
     def lowest_layers(self, task: str, method: str = "dllm", seed: int | None = None) -> list[int]:
         """The routed layers with the lowest final ratio (mean over seeds unless one is named), ascending."""
         frame = self.layers
@@ -116,12 +139,18 @@ class Measurements:
     def figure_task(self) -> str | None:
         """The task of Fig. 3 and 5-7: ARC-easy as in the paper, else the profile's first task with probes."""
         present = set(self.layers.task)
-        return next((task for task in ("arc_easy", *self.profile.tasks) if task in present), None)
+        first = [probed_task(self.profile), *self.profile.tasks] if present else []
+        return next((task for task in first if task in present), None)
 
-    def histograms(self, method: str, task: str, seed: int, layers: Iterable[int]) -> pd.DataFrame:
-        """Logit histograms (Fig. 5, 6), tidy: one row per epoch, layer, kind and bin."""
-        columns = ["method", "task", "seed", "epoch", "layer", "kind", "left", "right", "count", "gap"]
-        if (task, method, seed) not in self._trained():
+    def histograms(self, method: str) -> pd.DataFrame:
+        """Fig. 5, 6, tidy: one row per epoch, layer, kind (execute, bypass) and bin, of the first seed.
+
+        The layers are the lowest under D-LLM on the task of these figures.
+        """
+        columns = ["epoch", "layer", "kind", "left", "right", "count", "gap", "abs_gap"]
+        task, seed = self.figure_task(), self.profile.seeds[0]
+        layers = self.lowest_layers(task, seed=seed) if task else []
+        if (task, method, seed) not in self._trained() or not layers:
             return pd.DataFrame(columns=columns)
         probes = self.lab.probes(task, method, seed)
         wanted = shown_epochs(probe["epoch"] for probe in probes)
@@ -132,21 +161,20 @@ class Measurements:
             for layer in layers
             for kind in ("execute", "bypass")
         ]
-        return pd.concat(frames, ignore_index=True).assign(method=method, task=task, seed=seed)[columns]
+        return pd.concat(frames, ignore_index=True)[columns]
 
 
 LISTED = ("ratio", "flip", "flip_expected", "gap", "abs_gap")
-PROBED = ("ratio", "routed_ratio", *LISTED[1:])
+PROBED = (*LISTED, "routed_ratio", "floor")
 
 
 def _layer_frame(probe: dict[str, Any]) -> pd.DataFrame:
     values = {name: np.array(probe[name], dtype=float) for name in LISTED}  # null becomes NaN
     decided = [np.nan if counts is None else sum(counts) for counts in probe["histogram"]["execute"]]
     share = np.array(decided) / probe["tokens"]  # of the tokens fed, those that the layer's router decides on
-    routed = (values["ratio"] - (1 - share)) / share
-    return pd.DataFrame(
-        {"epoch": probe["epoch"], "layer": range(len(routed)), "routed_ratio": routed, **values}
-    )
+    values["floor"] = 1 - share
+    values["routed_ratio"] = (values["ratio"] - values["floor"]) / share
+    return pd.DataFrame({"epoch": probe["epoch"], "layer": range(len(share)), **values})
 
 
 def _histogram_frame(probe: dict[str, Any], layer: int, kind: str) -> pd.DataFrame:
@@ -154,7 +182,7 @@ def _histogram_frame(probe: dict[str, Any], layer: int, kind: str) -> pd.DataFra
     counts = np.asarray(probe["histogram"][kind][layer], dtype=float)
     return pd.DataFrame({
         "epoch": probe["epoch"], "layer": layer, "kind": kind, "left": edges[:-1], "right": edges[1:],
-        "count": counts, "gap": probe["gap"][layer],
+        "count": counts, "gap": probe["gap"][layer], "abs_gap": probe["abs_gap"][layer],
     })  # fmt: skip
 
 

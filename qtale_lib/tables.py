@@ -84,15 +84,27 @@ def _latex_row(cells: Any) -> str:
     return " & ".join(_latex(cell) for cell in cells) + r" \\"
 
 
-def save(table: Table, directory: Path) -> list[Path]:
-    """Write <name>.md, .tex and .csv into `directory`; returns the paths."""
+def save(table: Table, directory: Path) -> Table:
+    """Write <name>.md, .tex and .csv into `directory`; returns the table, for a notebook to show."""
     directory.mkdir(parents=True, exist_ok=True)
-    texts = {"md": to_markdown(table), "tex": to_latex(table)}
-    paths = [directory / f"{table.name}.{suffix}" for suffix in ("md", "tex", "csv")]
-    for path, text in zip(paths, texts.values(), strict=False):
-        path.write_text(text, encoding="utf-8")
-    table.frame.to_csv(paths[-1], index=False, lineterminator="\n")
-    return paths
+    (directory / f"{table.name}.md").write_text(to_markdown(table), encoding="utf-8")
+    (directory / f"{table.name}.tex").write_text(to_latex(table), encoding="utf-8")
+    table.frame.to_csv(directory / f"{table.name}.csv", index=False, lineterminator="\n")
+    return table
+
+
+def of_numbers(
+    name: str,
+    caption: str,
+    frame: pd.DataFrame,
+    keys: tuple[str, ...],
+    notes: tuple[str, ...] = (),
+    digits: int = 2,
+) -> Table:
+    """A table whose text is its frame, numbers rounded."""
+    shown = frame.select_dtypes("float").columns
+    text = frame.assign(**{column: frame[column].map(lambda v: number(v, digits)) for column in shown})
+    return Table(name, caption, text.astype(str), frame, keys, notes)
 
 
 def beside_reference(table: Table, profile: str, root: Path = ROOT) -> Table:

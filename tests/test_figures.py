@@ -12,35 +12,24 @@ from fake_lab import LAYERS, FakeLab
 from matplotlib.image import imread
 
 from qtale_lib import figures, noise, overview
-from qtale_lib.measurements import Measurements, shown_epochs
+from qtale_lib.measurements import Measurements
 
 STORE = Measurements(FakeLab(tasks=["arc_easy", "siqa"]))
 LOW = STORE.lowest_layers("arc_easy")
-
-
-def heatmap_frame() -> pd.DataFrame:
-    frame = STORE.layers[STORE.layers.method == "dllm"]
-    return frame[frame.epoch.isin(shown_epochs(frame.epoch))][["task", "epoch", "layer", "ratio"]]
-
-
-def low_frame(*methods: str) -> pd.DataFrame:
-    frame = STORE.layers
-    return frame[(frame.task == "arc_easy") & frame.layer.isin(LOW) & frame.method.isin(methods)]
-
-
 DRAWN = {
-    "figure_1": lambda: (figures.overview, (overview.frame(STORE),)),
-    "figure_2": lambda: (figures.heatmaps, (heatmap_frame(),)),
-    "figure_3": lambda: (figures.ratios_and_flips, (low_frame("dllm"), 0.1)),
-    "figure_4": lambda: (figures.noise, (noise.frame(),)),
-    "figure_5": lambda: (figures.logit_histograms, (STORE.histograms("dllm", "arc_easy", 0, LOW),)),
-    "figure_7": lambda: (figures.flips_compared, (low_frame("dllm", "qtale"),)),
+    "figure_1": (figures.overview, lambda: overview.frame(STORE)),
+    "figure_2": (figures.heatmaps, lambda: STORE.ratios_by_layer("dllm")),
+    "figure_3": (figures.ratios_and_flips, lambda: STORE.lowest_by_epoch("dllm")),
+    "figure_4": (figures.noise, noise.frame),
+    "figure_5": (figures.logit_histograms, lambda: STORE.histograms("dllm")),
+    "figure_7": (figures.flips_compared, lambda: STORE.lowest_by_epoch("dllm", "qtale")),
 }
 
 
 def drawn(name: str):
-    draw, arguments = DRAWN[name]()
-    return draw(*arguments), arguments[0]
+    draw, frame = DRAWN[name]
+    data = frame()
+    return draw(data), data
 
 
 def line_points(axis, marked: bool) -> np.ndarray:
@@ -57,36 +46,36 @@ def line_points(axis, marked: bool) -> np.ndarray:
 def test_all_formats_are_written_with_the_plotted_data(name, tmp_path):
     figure, data = drawn(name)
     paths = figures.save(figure, data, name, tmp_path)
-    assert sorted(path.suffix for path in paths) == [".csv", ".pdf", ".png", ".svg"]
-    assert all(path.stat().st_size > 500 for path in paths)
-    pd.testing.assert_frame_equal(pd.read_csv(paths[-1]), data.reset_index(drop=True), check_dtype=False)
+    assert [path.name for path in paths.values()] == [
+        f"{name}.{suffix}" for suffix in ("pdf", "png", "svg", "csv")
+    ]
+    assert all(path.stat().st_size > 500 for path in paths.values())
+    pd.testing.assert_frame_equal(pd.read_csv(paths["csv"]), data.reset_index(drop=True), check_dtype=False)
 
 
 @pytest.mark.parametrize("name", ["figure_2", "figure_5"])
 def test_the_same_data_give_the_same_bytes(name, tmp_path):
     def digests(directory: Path) -> list[str]:
         figure, data = drawn(name)
-        return [
-            hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in figures.save(figure, data, name, directory)
-        ]
+        paths = figures.save(figure, data, name, directory)
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values()]
 
     assert digests(tmp_path / "first") == digests(tmp_path / "second")
 
 
 def test_fonts_are_embedded_whole_and_no_date_is_written(tmp_path):
     figure, data = drawn("figure_2")
-    pdf, _, svg, _ = figures.save(figure, data, "figure_2", tmp_path)
-    written = pdf.read_bytes()
+    paths = figures.save(figure, data, "figure_2", tmp_path)
+    written = paths["pdf"].read_bytes()
     assert b"/FontFile2" in written and b"/Type3" not in written and b"CreationDate" not in written
-    assert b"<dc:date>" not in svg.read_bytes()
+    assert b"<dc:date>" not in paths["svg"].read_bytes()
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_sizes_are_those_of_a_papers_column(name, tmp_path):
     figure, data = drawn(name)
     assert figure.get_figwidth() in (figures.COLUMN, figures.PAGE)
-    png = figures.save(figure, data, name, tmp_path)[1]
+    png = figures.save(figure, data, name, tmp_path)["png"]
     height, width, _ = imread(png).shape
     assert width == pytest.approx(300 * figure.get_figwidth(), abs=2)
     assert height == pytest.approx(300 * figure.get_figheight(), abs=2)
@@ -157,14 +146,19 @@ def test_what_was_not_run_is_said(changes, tmp_path):
         if figures.NOT_RUN in [text.get_text() for text in axis.texts]
     ]
     assert said == missing and len(missing) >= 1
-    for draw in (figures.heatmaps, figures.flips_compared, figures.logit_histograms):
+    for draw in (
+        figures.heatmaps,
+        figures.flips_compared,
+        figures.logit_histograms,
+        figures.ratios_and_flips,
+    ):
         nothing = draw(store.layers[:0])
         assert [text.get_text() for text in nothing.axes[0].texts] == [figures.NOT_RUN]
-    figures.save(figures.ratios_and_flips(store.layers[:0], 0.0), store.layers[:0], "figure_3", tmp_path)
+    figures.save(nothing, store.layers[:0], "figure_3", tmp_path)
 
 
 def test_one_task_and_one_epoch_are_enough():
-    frame = heatmap_frame()
+    frame = STORE.ratios_by_layer("dllm")
     figure = figures.heatmaps(frame[(frame.task == "siqa") & (frame.epoch == 0)])
     assert figure.axes[0].images[0].get_array().shape == (1, LAYERS)
 

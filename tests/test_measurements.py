@@ -53,16 +53,35 @@ def test_routed_ratio_leaves_out_the_tokens_that_always_run():
 
 def test_histograms_hold_the_probes_counts():
     lab = FakeLab(tasks=["piqa"])
-    frame = Measurements(lab).histograms("qtale", "piqa", 0, [3, 5])
-    assert sorted(frame.epoch.unique()) == [0, 3, 6, 10]
-    chosen = frame[(frame.epoch == 6) & (frame.layer == 5) & (frame.kind == "bypass")]
-    assert chosen["count"].tolist() == lab.probes("piqa", "qtale", 0)[6]["histogram"]["bypass"][5]
+    store = Measurements(lab)
+    frame, layers = store.histograms("qtale"), store.lowest_layers("piqa")
+    assert sorted(frame.epoch.unique()) == [0, 3, 6, 10] and sorted(frame.layer.unique()) == layers
+    chosen = frame[(frame.epoch == 6) & (frame.layer == layers[1]) & (frame.kind == "bypass")]
+    assert chosen["count"].tolist() == lab.probes("piqa", "qtale", 0)[6]["histogram"]["bypass"][layers[1]]
+
+
+def test_figure_2_holds_the_papers_tasks_in_its_order_and_means_over_seeds():
+    lab = FakeLab(seeds=[0, 1])
+    frame = Measurements(lab).ratios_by_layer("dllm")
+    assert list(dict.fromkeys(frame.task)) == ["arc_easy", "arc_challenge", "siqa", "piqa"]
+    expected = np.mean([lab.probes("siqa", "dllm", seed)[3]["ratio"] for seed in (0, 1)], axis=0)
+    assert frame[(frame.task == "siqa") & (frame.epoch == 3)].ratio.tolist() == pytest.approx(expected)
+    assert set(Measurements(FakeLab(tasks=["boolq"])).ratios_by_layer("qtale").task) == {"boolq"}
+
+
+def test_figures_3_and_7_follow_d_llms_lowest_layers():
+    store = Measurements(FakeLab(tasks=["arc_easy", "piqa"]))
+    frame = store.lowest_by_epoch("dllm", "qtale")
+    assert sorted(frame.layer.unique()) == store.lowest_layers("arc_easy")
+    assert len(frame) == 2 * 3 * 11
 
 
 def test_what_was_not_run_is_absent():
     nothing = Measurements(FakeLab(methods=["full"], tasks=["mmlu"]))
     assert nothing.layers.empty and nothing.figure_task() is None
-    assert nothing.histograms("dllm", "mmlu", 0, [2]).empty
+    assert nothing.histograms("dllm").empty and nothing.lowest_by_epoch("dllm", "qtale").empty
+    assert nothing.ratios_by_layer("dllm").empty
+    assert Measurements(FakeLab(methods=["qtale"])).histograms("qtale").empty
     assert len(nothing.answers) == 4
     assert Measurements(FakeLab(methods=[])).answers == {}
 

@@ -12,8 +12,8 @@ import random
 from collections.abc import Iterator
 from itertools import accumulate
 
-from qtale_lib.data.microworld.tasks import FORMS, practice_example
-from qtale_lib.data.microworld.world import Entity, World
+from qtale_lib.data.microworld.tasks import FORMS
+from qtale_lib.data.microworld.world import SEED, Entity, World
 from qtale_lib.data.prompts import render
 
 STATEMENTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -55,15 +55,24 @@ KIND_WEIGHTS = {"person": 7.0, "town": 1.2, "animal": 1.0, "thing": 1.0}
 
 
 class Corpus:
-    """An endless, seeded stream of documents: (prompt, text) pairs; the prompt of a statement is empty."""
+    """An endless, seeded stream of documents: (prompt, text) pairs; the prompt of a statement is empty.
+
+    `share` (0 to 1] limits the entities that documents are about to a random part of each kind: a model that
+    first learns a few entities well finds out how to look up a name, and then learns the others faster.
+    """
 
     def __init__(self, world: World, seed: int) -> None:
-        self.world, self.rng = world, random.Random(seed)
-        self.members = world.entities
-        self.cumulative = {
-            kind: list(accumulate(e.frequency for e in members)) for kind, members in world.entities.items()
+        self.world, self.rng, self.share = world, random.Random(seed), 1.0
+        order = random.Random(SEED)
+        self.members = {kind: order.sample(members, len(members)) for kind, members in world.entities.items()}
+        self.practice = {
+            kind: [entity for entity in members if entity.split == "practice"]
+            for kind, members in self.members.items()
         }
-        self.tasks = list(FORMS)
+        self.cumulative = {
+            kind: list(accumulate(entity.frequency for entity in members))
+            for kind, members in self.members.items()
+        }
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         while True:
@@ -77,18 +86,23 @@ class Corpus:
 
     def question(self) -> tuple[str, str]:
         """A question (or instruction) about a practice entity, in the compact prompt, and its answer."""
-        example = practice_example(self.world, self.rng, self.rng.choice(self.tasks))
-        rendered = render(example, "compact")
+        form = self.rng.choice(FORMS[self.rng.choice(list(FORMS))])
+        entity = self.rng.choice(self._part(self.practice[form.kind]))
+        rendered = render(form.make(self.world, self.rng, entity, self.rng.randrange(12)), "compact")
         return rendered.prompt, rendered.target
 
     def biography(self) -> str:
         """All facts of one entity, drawn by frequency, in random order and wording."""
         kind = self.rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
-        entity = self.rng.choices(self.members[kind], cum_weights=self.cumulative[kind])[0]
+        members = self._part(self.members[kind])
+        entity = self.rng.choices(members, cum_weights=self.cumulative[kind][: len(members)])[0]
+        attributes = list(STATEMENTS[kind])
         return " ".join(
-            self._statement(entity, attribute)
-            for attribute in self.rng.sample(list(STATEMENTS[kind]), len(STATEMENTS[kind]))
+            self._statement(entity, each) for each in self.rng.sample(attributes, len(attributes))
         )
+
+    def _part(self, members: list[Entity]) -> list[Entity]:
+        return members[: max(1, round(self.share * len(members)))]
 
     def _statement(self, entity: Entity, attribute: str) -> str:
         value = self.world.value(entity, attribute)

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -38,14 +39,16 @@ class Recipe:
     heads: int = 4
     key_value_heads: int = 2
     window: int = 128
-    batch: int = 48
-    tokens: int = 20_000_000
+    batch: int = 16
+    tokens: int = 11_000_000
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     prompt_weight: float = (
         0.1  # weight of a question's prompt tokens in the loss; entities in it are drawn at random
     )
-    warmup_steps: int = 50
+    warmup_steps: int = 100
+    first_share: float = 0.25  # of the entities are in the text at the start; the share grows linearly ...
+    growth_share: float = 0.25  # ... to all of them over this part of training
     decay_share: float = 0.4  # the last part of training, over which the learning rate falls to zero
     seed: int = SEED
 
@@ -74,16 +77,18 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> LlamaForCausalLM:
 
 
 def windows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, start: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of packed documents: ids [batch, window + 1] and loss weights of the same shape."""
-    documents, rng = iter(Corpus(build_world(), seed)), random.Random(seed)
+    """Batches of packed documents from step `start` on: ids [batch, window + 1] and their loss weights."""
+    corpus = Corpus(build_world(), recipe.seed + start)  # a resumed run draws fresh documents
+    documents, rng = iter(corpus), random.Random(recipe.seed + start)
     ids: list[int] = []
     weights: list[float] = []
     need = recipe.batch * (recipe.window + 1)
-    while True:
+    for step in count(start):
+        corpus.share = min(1.0, recipe.first_share + step / (recipe.growth_share * recipe.steps))
         while len(ids) < need:
-            drawn = [next(documents) for _ in range(256)]
+            drawn = [next(documents) for _ in range(64)]
             texts = tokenizer([f"{prompt} {text}".strip() for prompt, text in drawn]).input_ids
             prompts = tokenizer([prompt for prompt, _ in drawn]).input_ids
             for whole, prompt in zip(texts, prompts, strict=True):
@@ -131,7 +136,7 @@ def pretrain(recipe: Recipe, directory: Path, threads: int = 1, save_seconds: fl
     both = optimizers(model, recipe)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in both]
     start, spent = _resume(model, both, directory / "state")
-    batches = windows(recipe, tokenizer, recipe.seed + start)  # a resumed run draws fresh documents
+    batches = windows(recipe, tokenizer, start)
     begin = saved = time.monotonic()
     running = None
     for step in range(start, recipe.steps):
@@ -223,15 +228,16 @@ library_name: transformers
 ---
 # The embedded base model of the QTALE reproduction suite
 
-A `LlamaForCausalLM` with {recipe["layers"]} layers, width {recipe["hidden"]},
-feed-forward {recipe["intermediate"]}, {recipe["heads"]} heads over {recipe["key_value_heads"]} for keys and values,
-{record["parameters"]:,} parameters in bfloat16, and a word-level tokenizer. It knows one thing: the
-seeded world of `qtale_lib/data/microworld`. It is for reproducing experiments on a laptop; it is of no
-use as a language model.
+A `LlamaForCausalLM`: {recipe["layers"]} layers, width {recipe["hidden"]}, feed-forward
+{recipe["intermediate"]}, {recipe["heads"]} heads ({recipe["key_value_heads"]} for keys and values),
+{record["parameters"]:,} bfloat16 parameters, and a word-level tokenizer. It knows one thing: the seeded
+world of `qtale_lib/data/microworld`. It is for reproducing experiments on a laptop; it is of no use as a
+language model.
 
 | | |
 |---|---|
 | corpus | statements of all facts and rules, questions on the practice entities |
+| curriculum | {recipe["first_share"]:.0%} of entities; all after {recipe["growth_share"]:.0%} of the steps |
 | tokens | {recipe["tokens"]:,} in windows of {recipe["window"]} |
 | steps | {recipe["steps"]:,} of {recipe["batch"]} windows |
 | optimizers | Muon (matrices, lr {recipe["muon_lr"]}), AdamW (the rest, lr {recipe["adam_lr"]}) |

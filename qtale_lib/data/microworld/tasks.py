@@ -289,12 +289,6 @@ def examples(task: str, split: str) -> tuple[Example, ...]:
     return tuple(replace(example, id=f"{task}-{split}-{slot}") for slot, example in enumerate(made))
 
 
-def practice_example(world: World, rng: random.Random, task: str) -> Example:
-    """One example about a practice entity: what pretraining shows of the question formats."""
-    form = rng.choice(FORMS[task])
-    return form.make(world, rng, rng.choice(world.of(form.kind, "practice")), rng.randrange(12))
-
-
 def fingerprint() -> str:
     """sha256 over every example as text: tells whether a base model was pretrained on this very world."""
     digest = hashlib.sha256()

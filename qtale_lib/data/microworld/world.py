@@ -19,7 +19,7 @@ from qtale_lib.data.microworld import words
 
 SEED = 2602
 SPLIT_SHARES = {"practice": 0.38, "train": 0.25, "validation": 0.08, "calibration": 0.07, "test": 0.22}
-ENTITY_COUNTS = {"person": 2400, "town": 600, "animal": 500, "thing": 600}
+ENTITY_COUNTS = {"person": 1000, "town": 250, "animal": 200, "thing": 250}
 NAMES = {
     "person": (words.FIRST_NAMES, words.LAST_NAMES),
     "town": (words.TOWN_FIRST, words.TOWN_SECOND),

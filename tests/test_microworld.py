@@ -1,0 +1,182 @@
+"""The embedded world: disjoint facts, no shortcuts, original formats, a base as its card says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter, defaultdict
+
+import pytest
+
+from qtale_lib.data.microworld import SPLITS, base_directory, load, tasks
+from qtale_lib.data.microworld.world import build_world
+from qtale_lib.data.prompts import render
+from qtale_lib.errors import UserError
+
+CHOICE_TASKS = {
+    "piqa": 2,
+    "boolq": 2,
+    "siqa": 3,
+    "arc_easy": 4,
+    "arc_challenge": 4,
+    "winogrande": 2,
+    "openbookqa": 4,
+    "mmlu": 4,
+}
+ALL_TASKS = [*CHOICE_TASKS, "alpaca"]
+
+
+@pytest.mark.parametrize("task", ALL_TASKS)
+def test_splits_share_no_fact(task):
+    facts = {split: {fact for example in load(task, split) for fact in example.facts} for split in SPLITS}
+    for one in SPLITS:
+        assert facts[one], one
+        for other in SPLITS:
+            assert one == other or not facts[one] & facts[other]
+
+
+def test_no_test_entity_is_practised_in_pretraining():
+    world = build_world()
+    practised = {entity.name for kind in world.entities for entity in world.of(kind, "practice")}
+    for task in ALL_TASKS:
+        for example in load(task, "test"):
+            assert example.facts[0].split(".")[0] not in practised
+
+
+@pytest.mark.parametrize(("task", "count"), CHOICE_TASKS.items())
+def test_formats_of_the_originals(task, count):
+    for split in SPLITS:
+        for example in load(task, split):
+            assert len(example.choices) == len(set(example.choices)) == count
+            assert example.response == example.choices[example.answer]
+    assert load("boolq", "test")[0].choices == ("yes", "no")
+    assert all(example.fields["sentence"].count("_") == 1 for example in load("winogrande", "test"))
+
+
+def test_mmlu_has_at_least_eight_subjects_and_alpaca_has_inputs():
+    assert len({example.fields["subject"] for example in load("mmlu", "test")}) >= 8
+    assert len({bool(example.fields["input"]) for example in load("alpaca", "test")}) == 2
+
+
+def _within_three_standard_errors(hits: float, total: int, chance: float) -> bool:
+    return abs(hits / total - chance) <= 3 * math.sqrt(chance * (1 - chance) / total)
+
+
+def _score(task: str, pick) -> tuple[float, int]:
+    """Expected hits when ties are broken at random: `pick` gives one score a choice."""
+    hits, examples = 0.0, load(task, "test")
+    for example in examples:
+        scores = pick(example)
+        best = [index for index, score in enumerate(scores) if score == max(scores)]
+        hits += (example.answer in best) / len(best)
+    return hits, len(examples)
+
+
+def _choice_log_odds(task: str) -> dict:
+    """How much oftener each choice (alone, and at its position) was right than wrong in training."""
+    right, wrong = Counter(), Counter()
+    for example in load(task, "train"):
+        for index, choice in enumerate(example.choices):
+            for feature in (*choice.split(), choice, (choice, index)):
+                (right if index == example.answer else wrong)[feature] += 1
+    return defaultdict(float, {f: math.log((right[f] + 1) / (wrong[f] + 1)) for f in right | wrong})
+
+
+SHORTCUTS = {
+    "first position": lambda task: lambda example: [-index for index in range(len(example.choices))],
+    "last position": lambda task: lambda example: list(range(len(example.choices))),
+    "longest": lambda task: lambda example: [len(choice) for choice in example.choices],
+    "shortest": lambda task: lambda example: [-len(choice) for choice in example.choices],
+    "majority": lambda task: (lambda seen: lambda example: [seen[choice] for choice in example.choices])(
+        Counter(example.response for example in load(task, "train"))
+    ),
+    "majority of another split": lambda task: (
+        lambda seen: lambda example: [seen[choice] for choice in example.choices]
+    )(Counter(example.response for example in load(task, "validation"))),
+    "choices without the question": lambda task: (
+        lambda odds: (
+            lambda example: [
+                sum(odds[feature] for feature in (*choice.split(), choice, (choice, index)))
+                for index, choice in enumerate(example.choices)
+            ]
+        )
+    )(_choice_log_odds(task)),
+}
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize(("task", "count"), CHOICE_TASKS.items())
+def test_no_shortcut_answers_a_task(task, count, shortcut):
+    hits, total = _score(task, SHORTCUTS[shortcut](task))
+    assert _within_three_standard_errors(hits, total, 1 / count), f"{shortcut}: {hits / total:.3f}"
+
+
+def test_the_shortcut_detector_detects_a_shortcut():
+    hits, total = _score(
+        "arc_easy", lambda example: [choice == example.response for choice in example.choices]
+    )
+    assert not _within_three_standard_errors(hits, total, 1 / 4)
+
+
+def test_answers_follow_from_the_world():
+    """Re-derives answers from the fact ids alone, without the code that made the examples."""
+    world = build_world()
+    for example in load("arc_easy", "test"):
+        assert world.values[example.facts[0]] == example.response
+    for example in load("arc_challenge", "test"):
+        assert world.values[example.facts[1]] == example.response
+        middle = world.values[example.facts[0]]
+        assert example.facts[1].startswith(f"{middle.kind}:{middle.index}.")
+    for example in load("winogrande", "test"):
+        asked, other = (world.values[fact] for fact in example.facts)
+        assert asked in example.fields["sentence"] and asked != other
+
+
+def test_the_base_was_pretrained_on_this_very_world():
+    """A changed world would silently unfit the shipped base model: its text is pinned by hash."""
+    recorded = json.loads((base_directory() / "pretraining.json").read_text())
+    assert tasks.fingerprint() == recorded["world_sha256"]
+
+
+def test_unknown_names_are_told():
+    with pytest.raises(UserError, match="no task"):
+        load("hellaswag", "test")
+    with pytest.raises(UserError, match="no split"):
+        load("piqa", "dev")
+
+
+def test_base_model_is_as_its_card_says():
+    from transformers import AutoConfig, AutoTokenizer
+
+    directory = base_directory()
+    record = json.loads((directory / "pretraining.json").read_text())
+    weights = directory / "model.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == record["sha256"]["model.safetensors"]
+    assert weights.stat().st_size <= 12 * 2**20
+    config = AutoConfig.from_pretrained(directory)
+    assert config.architectures == ["LlamaForCausalLM"] and config.num_hidden_layers >= 10
+    assert config.hidden_size % 128 == 0 and config.intermediate_size % 128 == 0
+    assert record["sha256"]["model.safetensors"] in (directory / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    for task in ALL_TASKS:
+        for example in load(task, "test")[:200]:
+            rendered = render(example)
+            assert tokenizer.unk_token_id not in tokenizer(f"{rendered.prompt} {rendered.target}").input_ids
+
+
+def test_every_task_names_its_forms():
+    assert list(tasks.FORMS) == list(dict.fromkeys(tasks.FORMS)) and set(tasks.FORMS) == set(ALL_TASKS)
+
+
+def test_pretraining_resumes_and_writes_a_base(tmp_path):
+    from dataclasses import replace
+
+    from qtale_lib.data.microworld.pretrain import Recipe, pretrain
+
+    recipe = replace(Recipe(), layers=2, batch=2, window=16, tokens=2 * 16 * 4, warmup_steps=1)
+    pretrain(recipe, tmp_path, save_seconds=0.0)
+    assert (tmp_path / "state" / "state.safetensors").exists()
+    first = (tmp_path / "model.safetensors").read_bytes()
+    pretrain(recipe, tmp_path, save_seconds=0.0)  # all steps are done: nothing is trained again
+    assert (tmp_path / "model.safetensors").read_bytes() == first

@@ -1,0 +1,187 @@
+"""Tables: numbers equal their frames in every format, headers and notes present, what was not run is said."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_lab import FakeLab
+
+from qtale_lib import claims, layer_tables, paper, results, tables
+from qtale_lib.measurements import Measurements
+from qtale_lib.tables import NOT_RUN, Table, number, with_errors
+
+SMALL = {"tasks": ["arc_easy", "alpaca"], "bits": [16, 4], "questions": 60}
+STORE = Measurements(FakeLab(questions=60))
+BUILDERS = {
+    "setting": results.setting,
+    "accuracy": results.accuracy_table,
+    "beside 1": lambda store: results.accuracy_beside_paper(store, "table1"),
+    "beside 2": lambda store: results.accuracy_beside_paper(store, "table2"),
+    "changes": results.changes_table,
+    "rows": results.rows_table,
+    "ablation": results.ablation_table,
+    "ablation beside": results.ablation_beside_paper,
+    "arithmetic": lambda store: results.arithmetic_table(),
+    "noise": lambda store: layer_tables.noise_table(),
+    "lowest": layer_tables.lowest_table,
+    "gaps": layer_tables.gaps_table,
+    "flips": layer_tables.flips_table,
+    "claims": lambda store: results.verdict_table(claims.verdicts(store, "07")),
+}
+
+
+def cells(markdown: str) -> list[list[str]]:
+    """The cells of a Markdown table, header first."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [rows[0], *rows[2:]]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(
+    "store", [STORE, Measurements(FakeLab(**SMALL)), Measurements(FakeLab(methods=["full"], **SMALL))]
+)
+def test_every_table_is_written_in_three_formats(name, store, tmp_path):
+    table = tables.save(BUILDERS[name](store), tmp_path)
+    written = {path.suffix: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+    assert set(written) == {".md", ".tex", ".csv"}
+    shown = cells(written[".md"])
+    assert len(shown) == 1 + len(table.text)
+    assert shown[0] == [str(column) for column in table.text.columns]
+    assert [[cell.replace("\\|", "|") for cell in row] for row in shown[1:]] == table.text.astype(
+        str
+    ).values.tolist()
+    assert written[".tex"].count(r"\\" + "\n") == 1 + len(table.text)
+    assert all(
+        rule in written[".tex"]
+        for rule in (r"\toprule", r"\midrule", r"\bottomrule", rf"\label{{tab:{table.name}}}")
+    )
+    if len(table.frame):
+        read = pd.read_csv(tmp_path / f"{table.name}.csv")
+        assert list(read.columns) == list(table.frame.columns) and len(read) == len(table.frame)
+        for column in table.frame.select_dtypes("number"):
+            assert np.allclose(read[column], table.frame[column], equal_nan=True)
+    assert not table.frame.duplicated(list(table.keys)).any()
+
+
+def test_accuracy_cells_are_the_evaluations():
+    store = Measurements(FakeLab(questions=60, seeds=[0, 1, 2]))
+    held = results.accuracy_cells(store).set_index(["bits", "method", "task"])
+    raw = store.evaluations
+    chosen = raw[
+        (raw.task == "siqa") & (raw.method == "qtale") & (raw.bits == 4) & (raw.theta_rule == "searched")
+    ]
+    cell = held.loc[4, "qtale", "siqa"]
+    assert cell.value == pytest.approx(100 * chosen.acc.mean())
+    assert cell.sampling == pytest.approx(100 * chosen.stderr.mean())
+    assert cell.spread == pytest.approx(100 * chosen.acc.std(ddof=1)) and cell.seeds == 3
+    ppl = raw[
+        (raw.task == "alpaca") & (raw.method == "dllm") & (raw.bits == 3) & (raw.theta_rule == "argmax")
+    ].ppl
+    assert held.loc[3, "dllm", "alpaca_ppl"].value == pytest.approx(ppl.mean())
+
+
+def test_csqa_average_weighs_tasks_alike_and_its_error_follows():
+    held = results.accuracy_cells(STORE).set_index(["bits", "method", "task"])
+    tasks = held.loc[16, "full"].loc[list(paper.CSQA)]
+    average = held.loc[16, "full", "avg"]
+    assert average.value == pytest.approx(tasks.value.mean())
+    assert average.sampling == pytest.approx(np.sqrt((tasks.sampling**2).sum()) / 7)
+
+
+def test_quantized_qtale_stands_at_its_searched_theta():
+    shown = results.accuracy_table(STORE).text.set_index(["bits", "method"])["θ"]
+    assert shown["16", "QTALE"] == "0.5" and shown["4", "QTALE"] == shown["3", "QTALE"] == "searched"
+    assert shown["4", "D-LLM"] == "0.5" and shown["4", "Full"] == "–"
+
+
+def test_beside_the_paper_is_a_difference():
+    frame = results.accuracy_beside_paper(STORE, "table2").frame.set_index(["bits", "method", "task"])
+    row = frame.loc[3, "dllm", "boolq"]
+    assert row.paper == 76.88 and row.difference == pytest.approx(row.ours - 76.88)
+    assert len(frame) == 90
+
+
+def test_what_was_not_run_is_said():
+    store = Measurements(FakeLab(**SMALL))
+    table = results.accuracy_table(store)
+    assert set(table.text["MMLU"]) == {NOT_RUN} and NOT_RUN not in set(table.text["ARCe"])
+    assert any("PIQA" in note for note in table.notes)
+    beside = results.accuracy_beside_paper(store, "table1")
+    assert beside.text["PIQA"].tolist()[0] == f"83.73 ({NOT_RUN})"
+    assert set(
+        results.ablation_table(Measurements(FakeLab(methods=["full"], **SMALL))).text["CSQA acc."]
+    ) == {NOT_RUN}
+
+
+def test_changes_are_from_the_methods_own_16_bits():
+    held = results.changes_table(STORE).frame.set_index(["source", "bits", "method", "task"]).change
+    assert held["LLaMA2-7B", 3, "dllm", "avg"] == pytest.approx(70.57 - 80.06)
+    assert held["LLaMA3.1-8B", 4, "full", "alpaca_ppl"] == pytest.approx(100 * np.log(3.65 / 3.57))
+    ours = results.accuracy_cells(STORE).set_index(["bits", "method", "task"]).value
+    assert held["ours", 4, "full", "mmlu"] == pytest.approx(
+        ours[4, "full", "mmlu"] - ours[16, "full", "mmlu"]
+    )
+
+
+def test_ablation_pairs_entropy_with_the_method_and_theta_with_the_rule():
+    held = results.ablation_cells(STORE).set_index(["bits", "entropy_loss", "theta", "group"])
+    raw = STORE.evaluations.set_index(["task", "method", "bits", "theta_rule"])
+    for (bits, entropy, theta), (method, rule) in {
+        (4, "no", "0.5"): ("dllm", "argmax"),
+        (4, "yes", "adjust"): ("qtale", "searched"),
+        (16, "yes", "→ 0"): ("qtale", "zero"),
+    }.items():
+        cell, row = held.loc[bits, entropy, theta, "mmlu"], raw.loc["mmlu", method, bits, rule]
+        assert cell.value == pytest.approx(100 * row.acc)
+        assert cell.execution_ratio == pytest.approx(row.execution_ratio) and cell.theta_value == row.theta
+
+
+def test_flips_table_holds_measured_and_closed_form():
+    frame = layer_tables.flips_table(STORE).frame
+    assert np.allclose(frame.difference, frame.flip - frame.flip_expected)
+    assert sorted(frame.epoch.unique()) == [0, 3, 6, 10] and set(frame.method) == {"dllm", "qtale"}
+
+
+@pytest.mark.parametrize(
+    ("value", "sampling", "spread", "text"),
+    [
+        (78.904, 1.1, None, "78.90 ± 1.10"),
+        (78.904, 1.1, 0.8, "78.90 ± 1.10 (0.80)"),
+        (-1.0, None, None, "−1.00"),
+        (None, 1.0, None, NOT_RUN),
+        (float("nan"), 1.0, None, NOT_RUN),
+        (5.0, float("nan"), float("nan"), "5.00"),
+    ],
+)
+def test_numbers_with_errors(value, sampling, spread, text):
+    assert with_errors(value, sampling, spread) == text
+
+
+def test_signs_and_digits():
+    assert (number(1.25, 1, sign=True), number(-0.5, 1)) == ("+1.2", "−0.5")
+
+
+def test_latex_escapes_what_it_must():
+    text = pd.DataFrame({"a_b & c": ["50 % ± 1", "θ ≤ 0.5 − x^2"]})
+    written = tables.to_latex(Table("t", "100 %_#", text, text, ("a_b & c",)))
+    assert r"a\_b \& c \\" in written and r"50 \% $\pm$ 1 \\" in written
+    assert r"$\theta$ $\leq$ 0.5 $-$ x\^{}2 \\" in written and r"\caption{100 \%\_\#}" in written
+
+
+def test_reference_run_beside(tmp_path):
+    frame = pd.DataFrame(
+        {"task": ["piqa", "mmlu"], "bits": [4, 4], "value": [80.0, 70.0], "verdict": ["x", "y"]}
+    )
+    table = tables.of_numbers("t", "T", frame, ("task", "bits"))
+    assert "No reference run of profile tiny" in tables.beside_reference(table, "tiny", tmp_path).notes[0]
+    directory = tmp_path / "results" / "reference" / "tiny" / "tables"
+    tables.save(
+        tables.of_numbers("t", "T", frame.assign(value=[81.0, 70.5], verdict="z")[:1], ("task", "bits")),
+        directory,
+    )
+    beside = tables.beside_reference(table, "tiny", tmp_path).frame
+    assert beside[["task", "here", "reference", "difference"]].values.tolist() == [["piqa", 80.0, 81.0, -1.0]]

@@ -217,7 +217,7 @@ class Lab:
         )
 
     def freeze_profile(self) -> Path:
-        """Write the profile, overrides and all, beside the results; Lab takes the file's path for a profile."""
+        """Write the profile, overrides and all, beside the results: Lab takes the path for a profile."""
         path = self.directory / FROZEN
         write_json(path, self.profile.model_dump(mode="json"))
         return path

@@ -143,7 +143,8 @@ def _doomed(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> list[Task
 
 
 def _next(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> Task | None:
-    ready = [task for task in pending.values() if all(name in outcomes for name in task.after)]
+    done = {name for name, outcome in outcomes.items() if outcome.status == "done"}
+    ready = [task for task in pending.values() if done.issuperset(task.after)]
     return min(ready, key=lambda task: (task.rank, -task.cost), default=None)
 
 

@@ -1,0 +1,77 @@
+"""Work for the pool's tests, in a module without torch: each worker imports it anew."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from qtale_lib.config import Profile
+from qtale_lib.errors import UserError
+from qtale_lib.jobs import Run, all_jobs
+from qtale_lib.lab import Lab, run_spec
+from qtale_lib.pool import Outcome, Task, Watcher
+from qtale_lib.store import locked
+
+
+def note(path: Path, text: str, report: Callable[[float], None]) -> None:
+    """Write a line."""
+    report(0.5)
+    with path.open("a") as stream:
+        stream.write(text + "\n")
+
+
+def fail(report: Callable[[float], None]) -> None:
+    """Fail as a bug does."""
+    raise ValueError("no good")
+
+
+def refuse(report: Callable[[float], None]) -> None:
+    """Fail as a user's mistake does."""
+    raise UserError("do this instead")
+
+
+def die(report: Callable[[float], None]) -> None:
+    """Be killed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hold(path: Path, held) -> None:
+    """Keep a lock for a minute."""
+    with locked(path):
+        held.set()
+        time.sleep(60)
+
+
+def compute_slowly(settings: Profile, root: Path, counter: Path) -> None:
+    """A fine-tuning's result that leaves a mark each time it is computed."""
+
+    def compute(_: Path) -> dict[str, str]:
+        with counter.open("a") as stream:
+            stream.write("x")
+        time.sleep(1)
+        return {"adapter_sha256": "a"}
+
+    Lab(settings, root).once("finetune", run_spec(Run("arc_easy", "full", 0)), compute)
+
+
+def compute_everything(settings: Profile, root: Path) -> None:
+    """All of a profile's results."""
+    Lab(settings, root).compute(all_jobs(settings))
+
+
+def run_here(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: Watcher) -> list[Outcome]:
+    """pool.run_tasks without processes, in the order given."""
+    outcomes: dict[str, Outcome] = {}
+    for task in tasks:
+        if any(outcomes[name].status != "done" for name in task.after if name in outcomes):
+            outcomes[task.name] = Outcome(task.name, "skipped")
+            continue
+        try:
+            task.work(*task.arguments, lambda share: None)
+            outcomes[task.name] = Outcome(task.name, "done")
+        except UserError as error:
+            outcomes[task.name] = Outcome(task.name, "failed", error=str(error))
+    return list(outcomes.values())

@@ -1,0 +1,411 @@
+"""The run store, the pool and the lab: each result once and whole, and only what depends on a change anew."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pool_work import compute_everything, compute_slowly, die, fail, hold, note, refuse, run_here
+from small_run import profile, save_base
+
+from qtale_lib import jobs
+from qtale_lib import lab as lab_module
+from qtale_lib.errors import UserError
+from qtale_lib.jobs import Job, Run
+from qtale_lib.lab import Lab
+from qtale_lib.pool import Task, run_tasks
+from qtale_lib.progress import Forecast, PlainWatcher
+from qtale_lib.store import Store, digest, locked, read_json, write_json
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+TWO = [{"OMP_NUM_THREADS": "1"}] * 2
+
+
+# The store.
+
+
+@settings(max_examples=30, deadline=None)
+@given(value=JSON)
+def test_what_is_written_is_read(value, tmp_path_factory):
+    path = tmp_path_factory.mktemp("json") / "value.json"
+    write_json(path, value)
+    assert read_json(path) == value
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    write_json(tmp_path / "x.json", {"ppl": float("inf"), "list": [float("nan"), 1.5]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"ppl": None, "list": [None, 1.5]}
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+@settings(max_examples=30, deadline=None)
+@given(value=st.dictionaries(st.text(max_size=4), st.integers(), min_size=1, max_size=4))
+def test_digests_follow_content_not_order(value):
+    assert digest(value) == digest(dict(reversed(value.items())))
+    changed = {**value, next(iter(value)): value[next(iter(value))] + 1}
+    assert digest(value) != digest(changed)
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", '{"schema": 1}', "[]", '{"schema": 1, "key": "other", "status": "done", "value": {}}']
+)
+def test_a_damaged_result_counts_as_missing(tmp_path, damage):
+    store = Store(tmp_path)
+    store.put("kind", "name", "key", spec={}, value={"x": 1}, config={}, provenance={})
+    assert store.get("kind", "name", "key")["value"] == {"x": 1}
+    store.path("kind", "name", "key").write_text(damage)
+    assert store.get("kind", "name", "key") is None
+
+
+def test_a_lock_dies_with_its_owner(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    owner = context.Process(target=hold, args=(tmp_path / "lock", held), daemon=True)
+    owner.start()
+    assert held.wait(30)
+    os.kill(owner.pid, signal.SIGKILL)
+    started = time.monotonic()
+    with locked(tmp_path / "lock"):
+        assert time.monotonic() - started < 10
+
+
+# The pool.
+
+
+class Silent:
+    def __init__(self):
+        self.begun, self.shares = [], []
+
+    def started(self, task):
+        self.begun.append(task.name)
+
+    def progressed(self, task, fraction):
+        self.shares.append((task.name, fraction))
+
+    def ended(self, task, outcome): ...
+
+
+def test_a_failing_and_a_killed_task_take_only_what_builds_on_them(tmp_path):
+    log, watcher = tmp_path / "log", Silent()
+    tasks = [
+        Task("fails", fail),
+        Task("refuses", refuse),
+        Task("dies", die),
+        Task("child", note, (log, "child"), after=("dies",)),
+        Task("grandchild", note, (log, "grandchild"), after=("child",)),
+        Task("first", note, (log, "first"), rank=1),
+        Task("second", note, (log, "second"), after=("first", "not among these")),
+    ]
+    outcomes = {outcome.name: outcome for outcome in run_tasks(tasks, TWO, watcher)}
+    status = {name: outcome.status for name, outcome in outcomes.items()}
+    failed = dict.fromkeys(("fails", "refuses", "dies"), "failed")
+    assert status == {
+        **failed, "child": "skipped", "grandchild": "skipped", "first": "done", "second": "done",
+    }  # fmt: skip
+    assert log.read_text().split() == ["first", "second"]
+    assert "ValueError: no good" in outcomes["fails"].error and "Traceback" in outcomes["fails"].detail
+    assert (outcomes["refuses"].error, outcomes["refuses"].detail) == ("do this instead", "")
+    assert "-9" in outcomes["dies"].error
+    assert ("first", 0.5) in watcher.shares
+
+
+def test_the_longest_ready_task_goes_first(tmp_path):
+    watcher = Silent()
+    tasks = [
+        Task(name, note, (tmp_path / "log", name), cost=cost, rank=rank)
+        for name, cost, rank in (("short", 1, 1), ("long", 9, 1), ("middle", 5, 1), ("now", 1, 0))
+    ]
+    run_tasks(tasks, TWO[:1], watcher)
+    assert watcher.begun == ["now", "long", "middle", "short"]
+
+
+def test_the_forecast_learns_what_a_unit_of_cost_takes():
+    class Done:
+        status, seconds = "done", 20.0
+
+    tasks = [Task(name, fail, cost=10) for name in "abcd"]
+    forecast = Forecast(tasks, workers=2)
+    assert forecast.seconds() == 20
+    forecast.ended(tasks[0], Done)
+    forecast.progressed(tasks[1], 0.5)
+    assert forecast.seconds() == 2 * 25 / 2
+
+
+def test_plain_progress_says_what_ended_and_what_is_left(capsys):
+    tasks = [Task(name, fail, cost=10) for name in "ab"]
+    watcher = PlainWatcher(tasks, 1)
+    from qtale_lib.pool import Outcome
+
+    watcher.ended(tasks[0], Outcome("a", "done", 65.0))
+    watcher.ended(tasks[1], Outcome("b", "failed", 1.0, "no good"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["[1/2] a: 1 min 05 s; about 1 min 05 s left", "[2/2] b: FAILED, no good"]
+
+
+# Which jobs a notebook needs.
+
+
+def test_notebooks_need_what_they_show():
+    chosen = profile(tasks=["arc_easy", "siqa", "alpaca"], bits=[16, 4, 3], seeds=2)
+    everything = jobs.all_jobs(chosen)
+    assert len(everything) == 3 * 3 * 2 * 4
+    for number in ("00", "05", "06"):
+        assert set(jobs.needs(chosen, number)) == set(everything)
+    assert jobs.needs(chosen, "01_figure_4.ipynb") == []
+    assert {(job.run.task, job.run.method, job.bits) for job in jobs.needs(chosen, "02")} == {
+        (task, method, None) for task in ("arc_easy", "siqa") for method in ("dllm", "qtale")
+    }
+    for number in ("03", "04"):
+        assert {job.run.task for job in jobs.needs(chosen, number)} == {"arc_easy"}
+    assert {job.bits for job in jobs.needs(chosen, "07")} == {None, 16, 4}
+    assert {job.run.method for job in jobs.needs(chosen, "07")} == {"dllm", "qtale"}
+
+
+def test_a_profile_without_the_papers_tasks_shows_what_it_has():
+    chosen = profile(tasks=["alpaca", "mmlu"], bits=[3])
+    assert {job.run.task for job in jobs.needs(chosen, "02")} == {"alpaca", "mmlu"}
+    assert {job.run.task for job in jobs.needs(chosen, "03")} == {"mmlu"}
+    assert {job.bits for job in jobs.needs(chosen, "07")} == {None, 3}
+
+
+# Keys.
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+def key(root: Path, base: Path, kind: str, spec: dict, **changes) -> str:
+    """The key of a result, its fine-tuning and θ search taken as done."""
+    lab = Lab(profile(base, **changes), root)
+    lab.find = lambda kind, **spec: {"value": {"adapter_sha256": "a", "theta": 0.2}}
+    return lab.address(kind, spec)[2]
+
+
+FINETUNED = {"task": "arc_easy", "method": "qtale", "seed": 0}
+EVALUATED = {**FINETUNED, "bits": 4, "theta": "searched"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "changed"),
+    [
+        ({"seeds": 3}, ""),
+        ({"bits": [16, 4, 3]}, ""),
+        ({"tasks": ["arc_easy", "siqa"]}, ""),
+        ({"training": {"eval_batch_size": 5}}, ""),
+        ({"training": {"lambda2": 0.5}}, "qtale"),
+        ({"training": {"lambda1": 3}}, "qtale dllm"),
+        ({"probes": {"samples": 3}}, "qtale dllm"),
+        ({"routing": {"hidden": 4}}, "qtale dllm"),
+        ({"lora": {"r": 4}}, "qtale dllm full"),
+        ({"max_steps": 5}, "qtale dllm full"),
+        ({"limit": {"train": 20}}, "qtale dllm full four"),
+        ({"limit": {"test": 5}}, "four sixteen"),
+        ({"group_size": 16}, "four threshold"),
+        ({"quantization": {"method": "rtn"}}, "four threshold"),
+        ({"calibration": {"tolerance": 0.3}}, "threshold"),
+        ({"calibration": {"questions": 5}}, "threshold"),
+    ],
+)
+def test_a_setting_changes_the_keys_of_what_depends_on_it(tmp_path, base, changes, changed):
+    results = {
+        "qtale": ("finetune", FINETUNED),
+        "dllm": ("finetune", {**FINETUNED, "method": "dllm"}),
+        "full": ("finetune", {**FINETUNED, "method": "full"}),
+        "threshold": ("threshold", {**FINETUNED, "bits": 4}),
+        "four": ("evaluation", EVALUATED),
+        "sixteen": ("evaluation", {**EVALUATED, "bits": 16, "theta": "argmax"}),
+    }
+    if "four" in changed and "train" in str(changes):
+        changed += " threshold"  # the quantizer's texts are training rows
+    different = {
+        name for name, (kind, spec) in results.items()
+        if key(tmp_path, base, kind, spec) != key(tmp_path, base, kind, spec, **changes)
+    }  # fmt: skip
+    assert different == set(changed.split())
+
+
+def test_another_base_changes_every_key(tmp_path, base):
+    other = save_base(tmp_path / "other", seed=1)
+    for kind, spec in (("finetune", FINETUNED), ("evaluation", EVALUATED)):
+        assert key(tmp_path, base, kind, spec) != key(tmp_path, other, kind, spec)
+
+
+def test_a_searched_theta_is_part_of_the_key(tmp_path, base):
+    keys = set()
+    for theta in (0.2, 0.3):
+        lab = Lab(profile(base), tmp_path)
+        lab.find = lambda kind, theta=theta, **spec: {"value": {"adapter_sha256": "a", "theta": theta}}
+        keys.add(lab.address("evaluation", EVALUATED)[2])
+    assert len(keys) == 2
+
+
+def test_reading_what_is_missing_says_what_to_run(tmp_path, base):
+    lab = Lab(profile(base), tmp_path)
+    with pytest.raises(UserError, match="python -m qtale_lib run --profile smoke"):
+        lab.result("evaluation", **EVALUATED)
+    assert lab.evaluations().empty and lab.finetunes().empty and lab.thresholds().empty
+
+
+def test_base_facts_are_those_of_the_files(tmp_path, base):
+    from small_run import llama
+
+    facts = Lab(profile(base), tmp_path).base()
+    model = llama(facts["config"]["vocab_size"])
+    assert facts["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert facts["parameters"]["decoder"] == sum(p.numel() for p in model.model.layers.parameters())
+
+
+def test_reading_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, qtale_lib.lab, qtale_lib.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=lab_module.ROOT, check=False).returncode == 0
+
+
+# Everything together, on a model of four layers.
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory, base) -> Lab:
+    lab = Lab(
+        profile(base, tasks=["arc_easy"], methods=["full", "qtale"]), tmp_path_factory.mktemp("results")
+    )
+    assert [o for o in lab.compute(jobs.all_jobs(lab.profile)) if o.status != "done"] == []
+    return lab
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """No worker processes: they would import torch anew."""
+    monkeypatch.setattr(lab_module, "run_tasks", run_here)
+
+
+def anew(lab: Lab, **changes) -> Lab:
+    """The same store, read from the disk again."""
+    return Lab(lab.profile.model_copy(update=changes), lab.directory.parent)
+
+
+def times(lab: Lab) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in lab.store.root.rglob("*.json") if p.name != "base.json"}
+
+
+def test_every_result_is_there_with_its_provenance(computed):
+    lab = anew(computed)
+    frame = lab.evaluations()
+    rules = {(row.method, row.bits, row.theta_rule) for row in frame.itertuples()}
+    assert rules == {(m, b, r) for m in ("full", "qtale") for b in (16, 4) for r in jobs.RULES[m]}
+    assert (frame["count"] == 10).all() and frame.acc.between(0, 1).all()
+    zero = frame[(frame.method == "qtale") & (frame.theta_rule == "zero")]
+    assert (zero.execution_ratio == 1).all() and (zero.theta == 0).all()
+    searched = frame[frame.theta_rule == "searched"].set_index("bits").theta
+    assert searched.equals(lab.thresholds().set_index("bits").theta)
+    for spec in jobs.evaluation_specs(lab.profile, Run("arc_easy", "qtale", 0)):
+        provenance = lab.result("evaluation", **spec)["provenance"]
+        trained = lab.result("finetune", **FINETUNED)
+        assert provenance["made_from"]["adapter"] == trained["value"]["adapter_sha256"]
+        assert provenance["base_hash"] == lab.base()["sha256"]
+        assert provenance["threads"] == 1 and provenance["seconds"] > 0
+        assert (
+            provenance["peak_memory_bytes"] > 2**26
+            and provenance["device"]
+            and provenance["versions"]["torch"]
+        )
+    assert [probe["epoch"] for probe in lab.probes("arc_easy", "qtale", 0)][:2] == [0, 1]
+
+
+def test_a_second_time_nothing_is_computed(computed):
+    before = times(computed)
+    assert anew(computed).compute(jobs.all_jobs(computed.profile)) == []
+    assert times(computed) == before
+
+
+def test_a_lost_and_a_cut_off_result_are_computed_again_and_nothing_else(computed, in_process):
+    before = times(computed)
+    lab = anew(computed)
+    lost = lab.store.path(*lab.address("evaluation", {**EVALUATED, "theta": "zero"}))
+    cut = lab.store.path(*lab.address("threshold", {**FINETUNED, "bits": 16}))
+    values = [json.loads(path.read_text())["value"] for path in (lost, cut)]
+    lost.unlink()
+    cut.write_text(cut.read_text()[:50])
+    outcomes = anew(computed).compute(jobs.all_jobs(computed.profile))
+    assert {outcome.name for outcome in outcomes} == {
+        f"evaluate arc_easy.qtale.s0 at {b} bit" for b in (16, 4)
+    }
+    after = times(computed)
+    assert {name for name in after if after[name] != before.get(name)} == {lost.name, cut.name}
+    assert [json.loads(path.read_text())["value"] for path in (lost, cut)] == values
+
+
+def test_a_further_seed_computes_only_itself(computed, in_process):
+    lab = anew(computed, seeds=(0, 1), methods=("full",), bits=(16,))
+    outcomes = lab.compute(jobs.all_jobs(lab.profile))
+    names = ["fine-tune arc_easy.full.s1", "evaluate arc_easy.full.s1 at 16 bit"]
+    assert [outcome.name for outcome in outcomes] == names
+
+
+def test_what_fails_is_named_and_the_rest_is_computed(tmp_path, base, in_process):
+    settings = profile(base, tasks=["arc_easy", "alpaca"], methods=["full"], bits=[16], max_length=19)
+    outcomes = {o.name: o for o in Lab(settings, tmp_path).compute(jobs.all_jobs(settings))}
+    bad = outcomes["fine-tune arc_easy.full.s0"]
+    assert bad.status == "failed" and "No training row of arc_easy fits" in bad.error
+    assert outcomes["evaluate arc_easy.full.s0 at 16 bit"].status == "skipped"
+    assert outcomes["evaluate alpaca.full.s0 at 16 bit"].status == "done"
+    with pytest.raises(UserError, match=r"results of notebook 05 failed.*No training row"):
+        Lab(settings, tmp_path).ensure("05")
+
+
+def test_two_processes_compute_a_result_once(tmp_path, base):
+    context = multiprocessing.get_context("spawn")
+    arguments = (profile(base), tmp_path, tmp_path / "count")
+    both = [context.Process(target=compute_slowly, args=arguments) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert (tmp_path / "count").read_text() == "x"
+
+
+def test_a_run_killed_in_the_middle_goes_on_with_the_next_missing_result(tmp_path, base):
+    settings = profile(base, tasks=["arc_easy"], methods=["full"], bits=[16])
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=compute_everything, args=(settings, tmp_path))
+    process.start()
+    lab = Lab(settings, tmp_path)
+    trained = lab.store.root / "finetune"
+    deadline = time.monotonic() + 120
+    while not list(trained.glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert lab.is_done(Job(Run("arc_easy", "full", 0)))
+    before = times(lab)
+    outcomes = Lab(settings, tmp_path).compute(jobs.all_jobs(settings))
+    assert all(outcome.name.startswith("evaluate") and outcome.status == "done" for outcome in outcomes)
+    assert Lab(settings, tmp_path).is_done(Job(Run("arc_easy", "full", 0), 16))
+    assert {name: when for name, when in times(lab).items() if name in before} == before

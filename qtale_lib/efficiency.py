@@ -1,0 +1,244 @@
+"""Bytes and floating-point operations per token, from a model's shape alone (QTALE Sec. 4, Table 3).
+
+FLOPs are twice the multiply-accumulates of the linear layers that a token runs. Attention scores, norms and
+activations are left out, as in Table 3: they depend on the context or weigh little. Nothing here needs torch
+or weights; a `config` is a Hugging Face config of a Llama, Mistral, Qwen2 or Qwen3 model, or a `Shape`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from qtale_lib import paper
+from qtale_lib.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from qtale_lib.adaptive import RouterConfig
+
+GIB = 2**30
+GIGA = 10**9
+STEP_BITS = 16  # a group's step; its zero point takes as many bits as its codes, as AWQ packs them
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a Hugging Face config that bytes and FLOPs follow from."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    model_type: str = "llama"
+    tie_word_embeddings: bool = False
+
+
+LLAMA2_7B = Shape(4096, 11008, 32, 32, 32, 32000)
+LLAMA31_8B = Shape(4096, 14336, 32, 32, 8, 128256)
+REFERENCE = {"LLaMA2-7B": LLAMA2_7B, "LLaMA3.1-8B": LLAMA31_8B}
+
+
+def layer_linears(config: PreTrainedConfig | Shape) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear of one decoder layer; k and v are narrower under grouped-query attention."""
+    d, ffn = config.hidden_size, config.intermediate_size
+    head = _head_dim(config)
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    return {
+        "q_proj": (q, d),
+        "k_proj": (kv, d),
+        "v_proj": (kv, d),
+        "o_proj": (d, q),
+        "gate_proj": (ffn, d),
+        "up_proj": (ffn, d),
+        "down_proj": (d, ffn),
+    }
+
+
+def layer_macs(config: PreTrainedConfig | Shape) -> int:
+    """Multiply-accumulates of one decoder layer's linears for one token."""
+    return sum(out * width for out, width in layer_linears(config).values())
+
+
+def flops_per_token(
+    config: PreTrainedConfig | Shape, execution_ratio: float = 1.0, routers: RouterConfig | None = None
+) -> dict[str, float]:
+    """FLOPs of one token: "layers" (what Table 3 counts), "routers", "lm_head" and "total".
+
+    Args:
+        execution_ratio: R_avg, executed over all (token, layer) pairs.
+        routers: shape of the routers, which run for every token; None for a model without.
+    """
+    parts = {
+        "layers": 2 * config.num_hidden_layers * layer_macs(config) * execution_ratio,
+        "routers": 2 * _routed_layers(config, routers) * _router_macs(config, routers),
+        "lm_head": 2 * config.vocab_size * config.hidden_size,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def model_bytes(
+    config: PreTrainedConfig | Shape,
+    bits: int = 16,
+    group_size: int = 128,
+    lm_head_bits: int = 16,
+    routers: RouterConfig | None = None,
+) -> dict[str, float]:
+    """Bytes of a model as it would be packed: by part, and "total".
+
+    Parts: "codes" and "groups" (steps in 16 bits, zero points in `bits`) of decoder linears, "norms" (with
+    biases), "embedding", "lm_head" (nothing if tied and in 16 bits) and "routers" (in 16 bits).
+
+    Raises:
+        UserError: if `group_size` (-1 is a whole row) does not divide a layer's width.
+    """
+    d, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    linears = [shape for shape in layer_linears(config).values() for _ in range(layers)]
+    head = _linear_bits(vocabulary, d, lm_head_bits, group_size)
+    tied = config.tie_word_embeddings and lm_head_bits == 16
+    parts = {
+        "codes": sum(out * width * bits for out, width in linears),
+        "groups": sum(_group_bits(out, width, bits, group_size) for out, width in linears),
+        "norms": 16 * (layers * _layer_vector_weights(config) + d),
+        "embedding": 16 * vocabulary * d,
+        "lm_head": 0 if tied else head,
+        "routers": 16 * _routed_layers(config, routers) * _router_weights(config, routers),
+    }
+    parts = {name: count / 8 for name, count in parts.items()}
+    return {**parts, "total": sum(parts.values())}
+
+
+def file_bytes(directory: str | Path) -> int:
+    """Real bytes of a saved model's safetensors files.
+
+    Raises:
+        UserError: if there is none.
+    """
+    files = list(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory} holds no safetensors file: save the model there first.")
+    return sum(file.stat().st_size for file in files)
+
+
+def reconcile_table3() -> pd.DataFrame:
+    """Table 3's sizes (GiB) and Full FLOPs (GFLOP) recomputed from the public configs, several ways.
+
+    Columns: model, quantity, bits, counted (how), recomputed, printed, agrees (to the printed digit).
+    """
+    columns = ["model", "quantity", "bits", "counted", "recomputed", "printed"]
+    frame = pd.DataFrame(_flops_rows() + _size_rows(), columns=columns)
+    return frame.assign(agrees=[_agrees(r.recomputed, r.printed, 1) for r in frame.itertuples()])
+
+
+def reconcile_relative_flops() -> pd.DataFrame:
+    """Table 3's relative FLOPs recomputed: its printed GFLOPs over Full's before rounding, `_paper_flops`.
+
+    Columns: those of `paper.efficiency()`, recomputed, agrees (GFLOPs that round to those printed can give the
+    printed relative).
+    """
+    full = {model: _paper_flops(shape) for model, shape in REFERENCE.items()}
+    frame = paper.efficiency().query("method != 'full'").reset_index(drop=True)
+    recomputed = [r.gflops / full[r.model] for r in frame.itertuples()]
+    slack = [0.005 / full[r.model] for r in frame.itertuples()]
+    agrees = [
+        abs(value - printed) <= 0.005 + extra
+        for value, printed, extra in zip(recomputed, frame.relative, slack, strict=True)
+    ]
+    return frame.assign(recomputed=recomputed, agrees=agrees)
+
+
+def _paper_flops(shape: Shape) -> float:
+    """GFLOPs of all decoder layers as the paper seems to count them: grouped-query attention ignored."""
+    ungrouped = replace(shape, num_key_value_heads=shape.num_attention_heads)
+    return flops_per_token(ungrouped)["layers"] / GIGA
+
+
+def _flops_rows() -> list[tuple]:
+    rows = []
+    for model, shape in REFERENCE.items():
+        printed = _printed(model, 16, "gflops")
+        flops = flops_per_token(shape)
+        ways = {"decoder layers": flops["layers"] / GIGA, "decoder layers and lm_head": flops["total"] / GIGA}
+        if shape.num_key_value_heads != shape.num_attention_heads:
+            ways["decoder layers, k and v as if d×d"] = _paper_flops(shape)
+        rows += [(model, "GFLOP per token", 16, how, value, printed) for how, value in ways.items()]
+    return rows
+
+
+def _size_rows() -> list[tuple]:
+    rows = []
+    for model, shape in REFERENCE.items():
+        for bits in (16, 4, 3):
+            ways = {f"lm_head in {head} bits": (bits, head) for head in sorted({16, bits}, reverse=True)}
+            sizes = {how: model_bytes(shape, b, 128, head) for how, (b, head) in ways.items()}
+            totals = {how: parts["total"] for how, parts in sizes.items()}
+            if bits < 16:
+                whole = sizes["lm_head in 16 bits"]
+                totals["lm_head in 16 bits, no steps or zeros"] = whole["total"] - whole["groups"]
+            printed = _printed(model, bits, "model_gb")
+            rows += [(model, "GiB", bits, how, total / GIB, printed) for how, total in totals.items()]
+    return rows
+
+
+def _printed(model: str, bits: int, column: str) -> float:
+    return paper.efficiency().query("model == @model and bits == @bits and method == 'full'")[column].iloc[0]
+
+
+def _agrees(value: float, printed: float, digits: int) -> bool:
+    return f"{value:.{digits}f}" == f"{printed:.{digits}f}"
+
+
+def _head_dim(config: PreTrainedConfig | Shape) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _layer_vector_weights(config: PreTrainedConfig | Shape) -> int:
+    """Norm weights and biases of one decoder layer; q and k norms in Qwen3, q, k, v biases in Qwen2."""
+    linears = layer_linears(config)
+    biased = {"qwen2": ("q_proj", "k_proj", "v_proj")}.get(config.model_type, ())
+    if getattr(config, "attention_bias", False):
+        biased = ("q_proj", "k_proj", "v_proj", "o_proj")
+    if getattr(config, "mlp_bias", False):
+        biased = (*biased, "gate_proj", "up_proj", "down_proj")
+    head_norms = 2 * _head_dim(config) if config.model_type == "qwen3" else 0
+    return 2 * config.hidden_size + head_norms + sum(linears[name][0] for name in biased)
+
+
+def _linear_bits(out: int, width: int, bits: int, group_size: int) -> int:
+    return out * width * bits + _group_bits(out, width, bits, group_size)
+
+
+def _group_bits(out: int, width: int, bits: int, group_size: int) -> int:
+    """Bits of the steps and zero points of a quantized linear; none in 16 bits."""
+    group = width if group_size == -1 else group_size
+    if bits == 16:
+        return 0
+    if width % group:
+        raise UserError(
+            f"group size {group} does not divide a layer of {width} input columns: choose another."
+        )
+    return out * (width // group) * (STEP_BITS + bits)
+
+
+def _routed_layers(config: PreTrainedConfig | Shape, routers: RouterConfig | None) -> int:
+    return 0 if routers is None else config.num_hidden_layers - routers.always_run_layers
+
+
+def _router_hidden(config: PreTrainedConfig | Shape, routers: RouterConfig) -> int:
+    return routers.hidden or max(1, config.hidden_size // 8)
+
+
+def _router_macs(config: PreTrainedConfig | Shape, routers: RouterConfig | None) -> int:
+    """Linear(d -> h) and Linear(h -> 2)."""
+    return 0 if routers is None else _router_hidden(config, routers) * (config.hidden_size + 2)
+
+
+def _router_weights(config: PreTrainedConfig | Shape, routers: RouterConfig | None) -> int:
+    """Both linears with their biases, and the norm between them."""
+    return 0 if routers is None else _router_macs(config, routers) + 2 * _router_hidden(config, routers) + 2

@@ -139,7 +139,7 @@ def reconcile_table3() -> pd.DataFrame:
 def reconcile_relative_flops() -> pd.DataFrame:
     """Table 3's relative FLOPs recomputed: its printed GFLOPs over Full's before rounding, `_paper_flops`.
 
-    Columns: those of `paper.efficiency()`, recomputed, agrees (GFLOPs that round to those printed can give the
+    Columns: those of `paper.efficiency()`, recomputed, agrees (GFLOPs rounding to those printed may give the
     printed relative).
     """
     full = {model: _paper_flops(shape) for model, shape in REFERENCE.items()}

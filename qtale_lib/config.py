@@ -189,7 +189,7 @@ class Profile(Section):
         Field(
             strict=True,
             pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-            description="a word of letters, digits, . _ and -",
+            description="a word of letters, digits, dots, _ and -",
         ),
     ]
     extends: str | None

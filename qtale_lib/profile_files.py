@@ -147,7 +147,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be read as YAML text ({type(error).__name__}); is it the right file?"
+            f"{path} cannot be read ({type(error).__name__}); a profile is a YAML file in UTF-8."
         ) from None
     if not isinstance(content, dict | None):
         raise UserError(f"{path} (= {_shown(content)}) must be a mapping: `key: value` on each line.")

@@ -45,7 +45,7 @@ wanted_stamp() {
 
 is_ready() { [ -f "$STAMP" ] && [ "$(wanted_stamp)" = "$(cat "$STAMP")" ]; }
 
-pip_install() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input install --quiet "$@"; }
+pip_install() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input install -qq "$@"; }
 
 make_venv() {
   if in_range "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then

@@ -26,7 +26,9 @@ in_range() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <
 
 find_python() {
   local candidate
-  for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+  set -- python3 python3.13 python3.12 python3.11
+  if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; fi
+  for candidate in "$@"; do
     if in_range "$candidate"; then
       echo "$candidate"
       return

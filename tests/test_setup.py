@@ -1,0 +1,285 @@
+"""Set-up: the pins in step, the scripts on a stand-in checkout with a stand-in Python, what git keeps."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import qtale_lib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NOT_LOCKED = {"torch", "triton"}  # their files differ with the build of torch
+
+
+def split(requirement: str) -> tuple[str, str, str]:
+    """(name, version, marker) of a pin."""
+    pin, _, marker = requirement.partition(";")
+    name, version = pin.strip().split("==")
+    return name, version, marker.strip().replace('"', "'")
+
+
+DIRECT = [split(pin) for pin in PROJECT["dependencies"]]
+EXTRA = [split(pin) for pins in PROJECT["optional-dependencies"].values() for pin in pins]
+LOCK = (ROOT / "requirements.lock").read_text()
+LOCKED = [split(line.rstrip(" \\")) for line in LOCK.splitlines() if re.match(r"[a-z]", line)]
+
+
+# The pins
+
+
+def test_conda_users_get_the_same_pins():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
+    assert pip[-1] == "--editable ."
+    assert sorted(split(pin) for pin in pip[:-1]) == sorted(DIRECT + EXTRA)
+    python = next(entry for entry in conda if str(entry).startswith("python="))
+    assert python.split("=")[1] in ("3.11", "3.12", "3.13")
+
+
+@pytest.mark.parametrize(("name", "version", "marker"), [p for p in DIRECT + EXTRA if p[0] not in NOT_LOCKED])
+def test_the_lock_holds_each_direct_pin(name, version, marker):
+    assert (name, version, marker) in LOCKED
+
+
+def test_the_lock_is_hashed_whole_and_names_no_place():
+    entries = re.split(r"\n(?=[a-z])", LOCK.split("\n", 2)[2])
+    assert len(entries) == len(LOCKED) > 100
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries)
+    assert not re.search(r"://|--index|--find-links|^-e|file:|/home|/tmp", LOCK, re.M)
+    names = {name for name, _, _ in LOCKED}
+    assert not [name for name in names if name in NOT_LOCKED or name.startswith(("nvidia", "cuda"))]
+
+
+def test_the_lock_says_one_version_for_each_python_and_system():
+    from packaging.markers import Marker
+
+    for python in ("3.11.0", "3.11.9", "3.12.0", "3.13.5"):
+        for system, machine in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")):
+            here = {
+                "python_full_version": python, "python_version": python[:4], "sys_platform": system,
+                "platform_machine": machine, "os_name": "posix", "implementation_name": "cpython",
+            }  # fmt: skip
+            names = [n for n, _, marker in LOCKED if not marker or Marker(marker).evaluate(here)]
+            assert len(names) == len(set(names))
+            assert {n for n, _, _ in DIRECT} - {"torch"} <= set(names)
+            assert ("autoawq" in names) == (system == "linux")
+
+
+def test_this_environment_holds_the_pins():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/environment.py", "check"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# The scripts, on a stand-in checkout: `qtale_lib` says how it was called, `pip` writes down what it was asked
+
+PYTHON = """#!/bin/sh
+# A Python of version {version}; `-m venv` makes another of its kind, `-m pip` writes to calls.txt.
+case "$1 $2" in
+  "-V ") echo "Python {version}" ;;
+  "-c import"*) exit {out_of_range} ;;
+  "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+  "-m pip") echo "$@" >> "{root}/calls.txt"
+    case "$*" in *--require-hashes*) [ ! -e "{root}/no-network" ] ;; *"show --quiet"*) exit 1 ;; esac ;;
+  *environment.py*) echo "$2" >> "{root}/calls.txt"; [ "$2" = forget-halves ] || [ -e "{root}/holds-pins" ] ;;
+  "-m qtale_lib") echo "CALLED $* IN $VIRTUAL_ENV" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with the real scripts and pins and nothing else, and a stand-in Python beside it."""
+    root = tmp_path / "with space" / "checkout"
+    (root / "scripts").mkdir(parents=True)
+    for name in (
+        "run_all.sh",
+        "scripts/setup_env.sh",
+        "scripts/environment.py",
+        "pyproject.toml",
+        "requirements.lock",
+    ):
+        shutil.copy(ROOT / name, root / name)
+    (root / "holds-pins").touch()
+    stand_in(root.parent / "python", root)
+    return root
+
+
+def stand_in(path: Path, root: Path, version: str = "3.12.1", out_of_range: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(PYTHON.format(version=version, root=root, out_of_range=out_of_range))
+    path.chmod(0o755)
+    return path
+
+
+def run_all(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    outside = {
+        n: v for n, v in os.environ.items() if n not in ("VIRTUAL_ENV", "CONDA_PREFIX", "QTALE_TORCH_INDEX")
+    }
+    return subprocess.run(
+        [root / "run_all.sh", *arguments],
+        capture_output=True, text=True, timeout=60, cwd=root.parent,
+        env={**outside, "PYTHON": str(root.parent / "python"), **variables},
+    )  # fmt: skip
+
+
+def calls(root: Path) -> list[str]:
+    path = root / "calls.txt"
+    told = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return told
+
+
+def test_first_use_installs_torch_then_the_lock_and_the_second_starts_at_once(checkout):
+    done = run_all(checkout, "--only", "03, 05")
+    assert done.returncode == 0, done.stderr
+    assert f"CALLED -m qtale_lib run --only 03, 05 IN {checkout}/.venv" in done.stdout
+    installs = [call for call in calls(checkout) if " install " in call]
+    torch = next(f"{name}=={version}" for name, version, _ in DIRECT if name == "torch")
+    assert torch in installs[0] and "--index-url" not in installs[0]
+    assert "--require-hashes --no-deps" in installs[1] and "requirements.lock" in installs[1]
+    assert "--editable" in installs[-1]
+    assert any("triton==" in call for call in installs) == (sys.platform == "linux")
+
+    started = time.monotonic()
+    again = run_all(checkout)
+    assert time.monotonic() - started < 3
+    assert "CALLED" in again.stdout and again.stderr == "" and calls(checkout) == []
+
+
+def test_torch_comes_from_another_index_where_one_is_named(checkout):
+    assert run_all(checkout, QTALE_TORCH_INDEX="https://example.org/cpu").returncode == 0
+    with_index = [call for call in calls(checkout) if "--index-url https://example.org/cpu" in call]
+    assert len(with_index) == 1 and "torch==" in with_index[0]
+
+
+def test_an_interrupted_set_up_is_told_and_goes_on(checkout):
+    (checkout / "no-network").touch()
+    cut = run_all(checkout)
+    assert cut.returncode == 1 and "CALLED" not in cut.stdout
+    assert "call this again" in cut.stderr.splitlines()[-1]
+    calls(checkout)
+    (checkout / "no-network").unlink()
+    assert "CALLED" in run_all(checkout).stdout
+    told = calls(checkout)
+    assert "forget-halves" in told and any("--require-hashes" in call for call in told)
+
+
+def test_a_set_up_that_misses_the_pins_is_not_called_ready(checkout):
+    (checkout / "holds-pins").unlink()
+    done = run_all(checkout)
+    assert done.returncode == 1 and "differs from the pins" in done.stderr
+    assert not (checkout / ".venv/qtale-stamp").exists()
+
+
+@pytest.mark.parametrize("change", ["requirements.lock", "pyproject.toml"])
+def test_new_pins_are_installed_over_the_old(checkout, change):
+    run_all(checkout)
+    calls(checkout)
+    path = checkout / change
+    path.write_text(path.read_text().replace("torch==2.", "torch==3.") + "# more\n")
+    assert "CALLED" in run_all(checkout).stdout
+    assert any("--require-hashes" in call for call in calls(checkout))
+
+
+def test_an_active_environment_that_holds_the_pins_is_used_as_it_is(checkout):
+    active = checkout.parent / "active"
+    stand_in(active / "bin/python", checkout)
+    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        done = run_all(checkout, **{variable: str(active)})
+        assert "CALLED" in done.stdout and done.stderr == ""
+    assert calls(checkout) == ["check", "check"] and not (checkout / ".venv").exists()
+
+
+def test_an_active_environment_without_the_pins_is_passed_over(checkout):
+    active = stand_in(checkout.parent / "active/bin/python", checkout.parent / "elsewhere").parents[1]
+    done = run_all(checkout, VIRTUAL_ENV=str(active))
+    assert f"IN {checkout}/.venv" in done.stdout, done.stderr
+
+
+def test_a_wrong_python_is_told_in_a_sentence(checkout):
+    old = stand_in(checkout.parent / "old", checkout, version="3.10.4", out_of_range=1)
+    done = run_all(checkout, PYTHON=str(old))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert f"Python 3.11, 3.12 or 3.13 is needed, but {old} is Python 3.10.4; " in done.stderr
+    assert "is not there; install one" in run_all(checkout, PYTHON="/no/such/python").stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_help_needs_no_set_up(checkout):
+    done = run_all(checkout, "--only", "03", "--help")
+    assert done.returncode == 0 and not (checkout / ".venv").exists() and calls(checkout) == []
+    for option in ("--profile", "--data-dir", "--only", "--seeds", "--fresh"):
+        assert option in done.stdout
+
+
+def test_packages_cut_off_while_installing_are_forgotten(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+    packages = next(tmp_path.glob("lib/python*/site-packages"))
+    for name, files in {"whole": ("METADATA", "RECORD"), "half": ("METADATA",)}.items():
+        (packages / f"{name}-1.0.dist-info").mkdir()
+        for file in files:
+            (packages / f"{name}-1.0.dist-info" / file).write_text(f"Name: {name}\nVersion: 1.0\n")
+    subprocess.run([tmp_path / "bin/python", ROOT / "scripts/environment.py", "forget-halves"], check=True)
+    assert [path.name for path in packages.glob("*.dist-info")] == ["whole-1.0.dist-info"]
+
+
+@pytest.mark.parametrize("script", ["run_all.sh", "run_tests.sh", "scripts/setup_env.sh", ".ci/run"])
+def test_scripts_are_shell_that_every_bash_reads(script):
+    path = ROOT / script
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+    assert script.startswith("scripts") or os.access(path, os.X_OK)
+    assert not re.search(r"\bmapfile\b|declare -A|\$\{\w+(,,|\^\^)", path.read_text())  # bash 4, not on macOS
+
+
+# What git keeps
+
+
+@pytest.mark.parametrize(
+    ("path", "ignored"),
+    [
+        ("results/tiny/store/a.json", True),
+        ("results/reference/tiny/tables/table_1.md", False),
+        ("figures/smoke/figure_2.pdf", True),
+        ("figures/reference/tiny/figure_2.png", False),
+        (".venv/bin/python", True),
+        ("notebooks/.ipynb_checkpoints/a.ipynb", True),
+        ("qtale_lib/data/microworld/base/model.safetensors", False),
+    ],
+)
+def test_only_published_results_are_kept(tmp_path, path, ignored):
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    assert (
+        subprocess.run(["git", "-C", tmp_path, "check-ignore", "--quiet", path]).returncode == 0
+    ) == ignored
+
+
+def test_the_commit_hooks_are_well_formed():
+    config = ROOT / ".pre-commit-config.yaml"
+    subprocess.run([sys.executable, "-m", "pre_commit", "validate-config", config], check=True)
+    hooks = {
+        hook["id"]: hook for repo in yaml.safe_load(config.read_text())["repos"] for hook in repo["hooks"]
+    }
+    assert {"ruff-check", "ruff-format", "nbstripout", "check-added-large-files"} == set(hooks)
+    assert re.match(hooks["nbstripout"]["files"], "notebooks/00_scoreboard.ipynb")
+    assert not re.match(hooks["nbstripout"]["files"], "results/tiny/notebooks/00_scoreboard.ipynb")
+
+
+def test_licence_and_citation_agree_with_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (qtale_lib.__version__, PROJECT["license"])
+    paper = citation["references"][0]
+    authors = [f"{author['given-names']} {author['family-names']}" for author in paper["authors"]]
+    assert authors == ["Kanghyun Noh", "Jinheon Choi", "Yulwha Kim"]
+    licence = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence

@@ -342,6 +342,8 @@ def verdict_table(frame: pd.DataFrame, name: str = "claims") -> Table:
 def _interval(row: Any) -> str:
     if pd.isna(row.effect):
         return NOT_RUN
+    if pd.isna(row.low):
+        return f"{number(row.effect)} {row.unit}, no interval"
     return f"{number(row.effect)} [{number(row.low)}, {number(row.high)}] {row.unit}"
 
 

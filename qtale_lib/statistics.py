@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
-from math import sqrt
+from math import nan, sqrt
 
 import numpy as np
 from scipy.stats import t as student
@@ -44,7 +44,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over tasks (each a mean over seeds), its 95 % interval, and what repeats the trial."""
+    """A mean over tasks (each a mean over seeds), its 95 % interval, and what repeats the trial.
+
+    Interval, errors and detectable effect are NaN where neither trials nor questions are repeated.
+    """
 
     effect: float
     low: float
@@ -95,6 +98,8 @@ def estimate(runs: list[Run]) -> Estimate | None:
     sampling = [_sampling_part(group, len(by_task)) for group in by_task.values()]
     parts, trial = _trial_parts(by_task, effects, sampling)
     (error, freedom), effect = _error(parts), float(effects.mean())
+    if trial is None and runs[0].differences is None:
+        error = nan
     margin = float(student.ppf(0.5 + CONFIDENCE / 2, freedom)) * error
     return Estimate(
         effect=effect,

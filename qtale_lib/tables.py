@@ -60,7 +60,8 @@ def to_markdown(table: Table) -> str:
     rows = [header, ["---"] * len(header), *table.text.astype(str).values.tolist()]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     notes = [f"*{note}*" for note in table.notes]
-    return "\n\n".join([f"**{table.caption}**", "\n".join(lines), *notes]) + "\n"
+    body = ["\n".join(lines)] if header else []
+    return "\n\n".join([f"**{table.caption}**", *body, *notes]) + "\n"
 
 
 def to_latex(table: Table) -> str:
@@ -110,12 +111,12 @@ def of_numbers(
 def beside_reference(table: Table, profile: str, root: Path = ROOT) -> Table:
     """Every number of a table beside the committed reference run's: here | reference | difference.
 
-    Without a reference of that profile the table has no rows and its note says so.
+    Without a reference of that profile there is only a note that says so.
     """
     path = root / "results" / "reference" / profile / "tables" / f"{table.name}.csv"
     if not path.is_file():
         note = f"No reference run of profile {profile} is committed."
-        return replace(table, text=pd.DataFrame({"reference": []}), frame=pd.DataFrame(), notes=(note,))
+        return replace(table, text=pd.DataFrame(), frame=pd.DataFrame(), notes=(note,))
     frame = _compared(table.frame, pd.read_csv(path), list(table.keys))
     shown = {name: frame[name].map("{:.4g}".format) for name in ("here", "reference", "difference")}
     note = "The reference is a committed run of the same profile; its provenance lies beside it."

@@ -89,6 +89,12 @@ def test_detectable_effect_is_found_with_the_stated_power():
     assert 0.70 <= np.mean(found) <= 0.93
 
 
+def test_a_single_number_has_no_interval():
+    measured = estimate([Run("a", 0, 3.0)])
+    assert measured.effect == 3.0 and np.isnan([measured.low, measured.high, measured.detectable]).all()
+    assert verdict(measured, 0, inf).word == NOT_TESTABLE
+
+
 def test_one_fine_tuning_is_never_evidence_about_a_method():
     runs = trials(np.random.default_rng(4), mean=30.0, tasks=("a",))
     decided = verdict(estimate(runs), 0, inf, paper=1.0)

@@ -31,7 +31,6 @@ from qtale_lib.quantization.awq import folded_linears, search_clip, search_scale
 from qtale_lib.quantization.statistics import READERS, InputStatistics, gather, tokenize
 
 TOKENIZER = word_tokenizer()
-pytestmark = pytest.mark.filterwarnings("ignore:\\s*I have left this message:DeprecationWarning")
 needs_autoawq = pytest.mark.skipif(find_spec("awq") is None, reason="autoawq is not installed")
 LINEARS = [name for readers in READERS.values() for name in readers]
 

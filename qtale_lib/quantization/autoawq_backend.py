@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from qtale_lib.errors import UserError
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # its farewell message
+with warnings.catch_warnings(record=True):  # its farewell message, which no filter stops
     from awq.models.llama import LlamaAWQForCausalLM
     from awq.quantize.quantizer import AwqQuantizer
 

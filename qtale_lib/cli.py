@@ -44,16 +44,16 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget this profile's results first.")] = False,
 ) -> None:
     """Compute what is missing, then execute the notebooks that are not up to date."""
-    overrides = {"data_dir": data_dir and str(data_dir.resolve()), "seeds": seeds}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
+    given = {"data_dir": data_dir and str(data_dir.resolve()), "seeds": seeds}
+    overrides = {name: value for name, value in given.items() if value is not None}
     lab, books = Lab(load_profile(profile, **overrides)), choose(only)
     if fresh:
         shutil.rmtree(lab.directory, ignore_errors=True)
-    parameter = str(lab.freeze_profile()) if overrides else _portable(profile)
+    parameters = {name.upper(): value for name, value in {"profile": _portable(profile), **overrides}.items()}
     try:
         clock = Stopclock()
         outcomes = _compute(lab, [job for book in books for job in needs(lab.profile, book.name)], clock)
-        outcomes += _execute(Executions(lab, parameter), books, clock)
+        outcomes += _execute(Executions(lab, parameters), books, clock)
     except KeyboardInterrupt:
         typer.echo("Stopped. The same command goes on from here.", err=True)
         raise typer.Exit(130) from None

@@ -31,7 +31,6 @@ STAGE_VERSIONS = {"finetune": 1, "quantization": 1, "threshold": 1, "evaluation"
 ENCODING = ("prompt", "max_length", "overlong", "dtype")
 FINETUNING = (*ENCODING, "max_steps", "training", "lora", "routing", "probes")
 QUANTIZING = ("quantization", "group_size")
-FROZEN = "profile.json"
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
 
@@ -52,7 +51,7 @@ class Lab:
     """A profile's results under results/<profile>/ (`directory`; `tables` in it) and its `figures` folder."""
 
     def __init__(self, profile: Profile | str | Path, root: Path | None = None) -> None:
-        self.profile = profile if isinstance(profile, Profile) else _read_profile(profile)
+        self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
         self.directory = (root or results_root()) / self.profile.name
         self.tables, self.figures = self.directory / "tables", figures_root() / self.profile.name
         self.store = Store(self.directory / "store")
@@ -216,12 +215,6 @@ class Lab:
             *address, spec=spec, value=value, config=self.settings(kind, spec), provenance=watch.provenance()
         )
 
-    def freeze_profile(self) -> Path:
-        """Write the profile, overrides and all, beside the results: Lab takes the path for a profile."""
-        path = self.directory / FROZEN
-        write_json(path, self.profile.model_dump(mode="json"))
-        return path
-
     def is_done(self, job: Job) -> bool:
         """Whether all results of a job are in the store."""
         return all(self.find(kind, **spec) for kind, spec in _results_of(job))
@@ -255,13 +248,6 @@ class Lab:
         if failed:
             first = f"{failed[0].name}: {failed[0].error}"
             raise UserError(f"{len(failed)} of the results of notebook {notebook} failed; the first, {first}")
-
-
-def _read_profile(profile: str | Path) -> Profile:
-    """A profile by name or YAML file, or as freeze_profile left it."""
-    if str(profile).endswith(f"/{FROZEN}"):
-        return Profile.model_validate(read_json(Path(profile)))
-    return load_profile(profile)
 
 
 def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], None]) -> None:

@@ -41,9 +41,9 @@ def choose(only: str | None = None) -> list[Path]:
 class Executions:
     """The notebooks of one profile: which are up to date, and executing the others."""
 
-    def __init__(self, lab: Lab, parameter: str) -> None:
-        """parameter: what the notebooks' PROFILE is to be."""
-        self.lab, self.parameter = lab, parameter
+    def __init__(self, lab: Lab, parameters: dict[str, str | int]) -> None:
+        """parameters: values for names in the notebooks' cell of parameters."""
+        self.lab, self.parameters = lab, parameters
         self.directory = lab.directory / "notebooks"
         self.library = file_digest(*library_files())
 
@@ -62,7 +62,9 @@ class Executions:
 
     def _inputs(self, notebook: Path) -> str:
         results = [self.lab.fingerprint(job) for job in needs(self.lab.profile, notebook.name)]
-        return digest(file_digest(notebook), self.library, self.lab.profile.digest(), self.parameter, results)
+        return digest(
+            file_digest(notebook), self.library, self.lab.profile.digest(), self.parameters, results
+        )
 
     def execute(self, notebooks: list[Path], watcher: Watcher) -> list[Outcome]:
         """Execute them, two at a time, the scoreboard after the others."""
@@ -103,7 +105,8 @@ class Executions:
 
     def _command(self, notebook: Path, copy: Path) -> list[str]:
         papermill = [sys.executable, "-m", "papermill", str(notebook), str(copy), "--kernel", KERNEL]
-        return [*papermill, "--log-output", "--no-progress-bar", "-r", "PROFILE", self.parameter]
+        given = [("-p" if isinstance(v, int) else "-r", name, str(v)) for name, v in self.parameters.items()]
+        return [*papermill, "--log-output", "--no-progress-bar", *(word for words in given for word in words)]
 
     def _written_since(self, began: float) -> list[Path]:
         """Figures and tables of the time of execution: if one is gone, the notebook is executed again.

@@ -1,0 +1,138 @@
+"""The command line: what it says, with which code it ends; notebooks executed, or left out while up to date."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from small_run import profile
+
+from qtale_lib import cli, notebooks, publishing
+from qtale_lib.errors import UserError
+from qtale_lib.jobs import all_jobs
+from qtale_lib.lab import Lab
+from qtale_lib.progress import PlainWatcher, span
+from qtale_lib.provenance import ROOT
+
+
+def qtale(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "qtale_lib", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "--profile", "nope"], "nope is no profile's name"),
+        (["run", "--profile", "smoke", "--only", "42"], "There is no notebook 42"),
+        (["run", "--profile", "smoke", "--data-dir", "/nowhere"], "/nowhere"),
+        (["train", "chess", "full"], "chess"),
+        (["calibrate", "arc_easy", "full"], "A full model has no routers"),
+        (["quantize", "arc_easy", "full", "--bits", "16"], "A 16-bit model is not quantized"),
+        (["publish", "smoke"], "Profile smoke is not finished"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_sentence_and_code_2(tmp_path, arguments, sentence):
+    done = qtale(*arguments, QTALE_RESULTS_DIR=str(tmp_path), QTALE_FIGURES_DIR=str(tmp_path))
+    assert done.returncode == 2 and sentence in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_status_counts_what_is_there(tmp_path):
+    done = qtale("status", "--profile", "smoke", QTALE_RESULTS_DIR=str(tmp_path))
+    assert done.returncode == 0 and "fine-tunings         0 of 6" in done.stdout
+
+
+def test_notebooks_are_chosen_by_number_and_the_scoreboard_goes_last():
+    assert [path.name[:2] for path in notebooks.choose("5, 00,03")] == ["03", "05", "00"]
+    assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 8
+    with pytest.raises(UserError, match="There is no notebook 09"):
+        notebooks.choose("09")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.7, "1 min 00 s"), (185, "3 min 05 s"), (4800, "1 h 20 min")]
+)
+def test_spans_read_as_people_say_them(seconds, text):
+    assert span(seconds) == text
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch) -> Path:
+    """Three notebooks of our own: one that fails, one that writes a figure, the scoreboard."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    figure = "from pathlib import Path\nPath(FIGURE).write_text(str(SEEDS))"
+    for name, source in (("01_bad", "1 / 0"), ("02_good", figure), ("00_last", "print(PROFILE)")):
+        cells = [nbformat.v4.new_code_cell(text) for text in ('PROFILE = FIGURE = ""; SEEDS = 0', source)]
+        cells[0].metadata["tags"] = ["parameters"]
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", folder)
+    monkeypatch.setattr(
+        notebooks, "library_files", list
+    )  # an edit of the library would make all of them stale
+    return folder
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch) -> Lab:
+    monkeypatch.setenv("QTALE_FIGURES_DIR", str(tmp_path / "figures"))
+    made = Lab(profile(), tmp_path / "results")
+    made.figures.mkdir(parents=True)
+    made.fingerprint = lambda job: str(job)
+    return made
+
+
+def test_a_failing_notebook_stops_no_other_and_what_is_up_to_date_is_left_out(shelf, lab, capsys):
+    def execute() -> list[tuple[str, str]]:
+        executions = notebooks.Executions(
+            lab, {"PROFILE": "smoke", "SEEDS": 3, "FIGURE": str(lab.figures / "a.csv")}
+        )
+        stale = executions.stale(notebooks.choose())
+        outcomes = executions.execute(stale, PlainWatcher([notebooks.as_task(book) for book in stale], 2))
+        return [(outcome.name, outcome.status) for outcome in outcomes]
+
+    assert execute() == [("01_bad", "failed"), ("02_good", "done"), ("00_last", "done")]
+    assert "01_bad: FAILED, ZeroDivisionError: division by zero (see " in capsys.readouterr().out
+    assert (lab.figures / "a.csv").read_text() == "3"
+    copy = nbformat.read(lab.directory / "notebooks" / "01_bad.ipynb", as_version=4)
+    assert "ZeroDivisionError" in str(copy.cells)
+    assert execute() == [("01_bad", "failed")]
+
+    (lab.figures / "a.csv").unlink()
+    assert ("02_good", "done") in execute()
+    lab.fingerprint = lambda job: f"another {job}"
+    assert ("00_last", "done") in execute()
+    text = (shelf / "02_good.ipynb").read_text()
+    (shelf / "02_good.ipynb").write_text(text.replace("write_text", "write_text "))
+    assert execute() == [("01_bad", "failed"), ("02_good", "done")]
+
+
+def test_a_failure_ends_in_code_1_and_its_whole_error_is_kept(lab, capsys):
+    clock = cli.Stopclock()
+    clock.lap("runs", "3 jobs")
+    bad = cli.Outcome("train x", "failed", 1.0, "no good", "Traceback ...")
+    lab.directory.mkdir(parents=True)
+    with pytest.raises(cli.typer.Exit) as ended:
+        cli._finish(lab, [bad, cli.Outcome("train y", "done", 1.0)], clock)
+    shown = capsys.readouterr()
+    assert ended.value.exit_code == 1
+    assert "FAILED train x: no good" in shown.out and "train y" not in shown.out and "runs" in shown.out
+    assert "Traceback ..." in (lab.directory / "failures.txt").read_text()
+
+
+def test_an_unfinished_profile_is_not_published(lab):
+    with pytest.raises(UserError, match=f"{len(all_jobs(lab.profile))} jobs missing"):
+        publishing.publish(lab)

@@ -184,7 +184,8 @@ def ratios_and_flips(frame: pd.DataFrame) -> Figure:
         _flip_lines(flips, part, f"layer {layer}", style)
     ratio.axhline(100 * frame.floor.mean(), color="0.5", linewidth=0.7, label="tokens that always run")
     ratio.set(xlabel="epoch", ylabel="execution ratio (%)", ylim=(0, 104), title="(a) execution ratio")
-    flips.set(xlabel="epoch", ylabel="decisions flipped (%)", title="(b) flips by Gumbel noise: points; mean σ(−|Δ|): lines")
+    flips.set(xlabel="epoch", ylabel="decisions flipped (%)")
+    flips.set_title("(b) flips by Gumbel noise: points; mean σ(−|Δ|): lines")
     flips.set_ylim(bottom=0)
     for axis in axes[0]:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

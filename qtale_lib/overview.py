@@ -1,7 +1,7 @@
 """Figure 1 from real counts: what each technique keeps in memory and executes, layer by layer of the model.
 
-Memory is that of the decoder layers' weights; executed shares are those of the last probe (arg max decisions,
-training samples), averaged over the fine-tunings of a method.
+Memory is that of the decoder layers' linear weights; executed shares are those of the last probe (arg max
+decisions, training samples), averaged over the fine-tunings of a method.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from qtale_lib.efficiency_tables import MIB, sizes
 from qtale_lib.measurements import Measurements
 
 TITLES = {
@@ -20,7 +21,6 @@ TITLES = {
     "d": "Quantization",
     "e": "Combined",
 }
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class _Layers:
 def frame(store: Measurements) -> pd.DataFrame:
     """Figure 1, tidy (see figures.overview): panel, title, note, layer, fill, executed."""
     count = store.lab.base()["config"]["num_hidden_layers"]
-    whole = store.lab.base()["parameters"]["decoder"] * 2 / MIB  # 16 bit
+    whole = _linear_bytes(store, 16)
     bits = min((b for b in store.profile.bits if b < 16), key=lambda b: abs(b - 4), default=None)
     dllm, qtale = (_executed(store, method) for method in ("dllm", "qtale"))
-    full, share = np.ones(count), _share(bits, store.profile.group_size)
+    full, share = np.ones(count), (_linear_bytes(store, bits) / whole if bits else 1.0)
     panels = {
         "a": _Layers(full, full),
         "b": _pruned(dllm),
@@ -51,6 +51,12 @@ def frame(store: Measurements) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def _linear_bytes(store: Measurements, bits: int) -> float:
+    """Bytes of the decoder layers' linear weights, their groups' steps and zero points included."""
+    parts = sizes(store, bits)
+    return parts["codes"] + parts["groups"]
+
+
 def _executed(store: Measurements, method: str) -> np.ndarray | None:
     """Mean final execution ratio of every layer, [layers]; None if the method was not run."""
     frame = store.layers[store.layers.method == method]
@@ -58,12 +64,6 @@ def _executed(store: Measurements, method: str) -> np.ndarray | None:
         return None
     final = frame[frame.epoch == frame.groupby(["task", "seed"]).epoch.transform("max")]
     return final.groupby("layer").ratio.mean().to_numpy()
-
-
-def _share(bits: int | None, group_size: int) -> float:
-    """Memory of a weight relative to 16 bit, with its share of the group's scale (16 bit) and zero point."""
-    overhead = 0.0 if group_size < 0 or bits is None else (16 + bits) / group_size
-    return ((bits or 16) + overhead) / 16
 
 
 def _pruned(executed: np.ndarray | None) -> _Layers | None:
@@ -79,7 +79,7 @@ def _panel(panel: str, layers: _Layers | None, whole: float, what: str) -> pd.Da
     said = {"panel": panel, "title": TITLES[panel]}
     if layers is None:
         return pd.DataFrame([{**said, "note": " ", "layer": np.nan, "fill": np.nan, "executed": np.nan}])
-    memory, flops = whole * layers.fill.mean(), 100 * layers.executed.mean()
+    memory, flops = whole / MIB * layers.fill.mean(), 100 * layers.executed.mean()
     note = f"{what}\nmemory {memory:.1f} MiB\nlayer FLOPs {flops:.0f} %"
     columns = {"layer": range(len(layers.fill)), "fill": layers.fill, "executed": layers.executed}
     return pd.DataFrame({**said, "note": note, **columns})

@@ -19,7 +19,7 @@ from qtale_lib.effects import paper_rule
 from qtale_lib.measurements import Measurements, group_of
 from qtale_lib.provenance import device_name, git_commit, versions
 from qtale_lib.statistics import RULE
-from qtale_lib.tables import NOT_RUN, Table, number, with_errors
+from qtale_lib.tables import NOT_RUN, Table, beside, number, with_errors
 
 ERRORS = (
     "± is the standard error over questions (sampling error); for PPL over responses.",
@@ -148,7 +148,7 @@ def accuracy_beside_paper(store: Measurements, table: str) -> Table:
     both = printed.merge(accuracy_cells(store), "left", on=["bits", "method", "task"])
     both = both.rename(columns={"value": "ours"}).assign(difference=lambda f: f.ours - f.paper)
     both = both.drop(columns=["table", "model"])
-    wide = {paper.TASK_LABELS[task]: _beside_cells(part) for task, part in both.groupby("task", sort=False)}
+    wide = {paper.TASK_LABELS[task]: beside(part) for task, part in both.groupby("task", sort=False)}
     rows = both[both.task == "avg"]
     labels = {"bits": rows.bits.astype(str).values, "method": rows.method.map(paper.METHODS).values}
     caption = f"Table {table[-1]} of the paper ({paper.MODELS[table]}), in brackets ours − the paper's"
@@ -160,10 +160,6 @@ def accuracy_beside_paper(store: Measurements, table: str) -> Table:
         ("bits", "method", "task"),
         (paper.SOURCE, OTHER_MODEL, "Ours with their errors: table_1_2_accuracy.", *_partial(store)),
     )
-
-
-def _beside_cells(part: pd.DataFrame) -> list[str]:
-    return [f"{number(row.paper)} ({number(row.difference, sign=True)})" for row in part.itertuples()]
 
 
 def changes_table(store: Measurements) -> Table:

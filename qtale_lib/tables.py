@@ -54,6 +54,11 @@ def with_errors(value: Any, sampling: Any, spread: Any = None, digits: int = 2) 
     return text if number(spread) == NOT_RUN else f"{text} ({number(spread, digits)})"
 
 
+def beside(frame: pd.DataFrame) -> list[str]:
+    """ "83.73 (+1.60)": the paper's number and ours minus it, from the columns `paper` and `difference`."""
+    return [f"{number(row.paper)} ({number(row.difference, sign=True)})" for row in frame.itertuples()]
+
+
 def to_markdown(table: Table) -> str:
     """Caption, a pipe table with its header, and the notes."""
     header = [str(column) for column in table.text.columns]

@@ -65,6 +65,7 @@ class FakeLab:
         return {
             "name": "microworld",
             "sha256": "0" * 64,
+            "bytes": 4_000_000,
             "config": CONFIG,
             "parameters": {**parts, "total": sum(parts.values())},
         }

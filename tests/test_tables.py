@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from fake_lab import FakeLab
 
-from qtale_lib import claims, layer_tables, paper, results, tables
+from qtale_lib import claims, efficiency, efficiency_tables, layer_tables, paper, results, tables
 from qtale_lib.measurements import Measurements
 from qtale_lib.tables import NOT_RUN, Table, number, with_errors
 
@@ -25,6 +25,11 @@ BUILDERS = {
     "ablation": results.ablation_table,
     "ablation beside": results.ablation_beside_paper,
     "arithmetic": lambda store: results.arithmetic_table(),
+    "efficiency": efficiency_tables.efficiency_table,
+    "efficiency beside": efficiency_tables.efficiency_beside_paper,
+    "files": efficiency_tables.file_table,
+    "reconciled": lambda store: efficiency_tables.reconciliation_table(),
+    "relative": lambda store: efficiency_tables.relative_table(),
     "noise": lambda store: layer_tables.noise_table(),
     "lowest": layer_tables.lowest_table,
     "gaps": layer_tables.gaps_table,
@@ -86,7 +91,7 @@ def test_accuracy_cells_are_the_evaluations():
 
 def test_csqa_average_weighs_tasks_alike_and_its_error_follows():
     held = results.accuracy_cells(STORE).set_index(["bits", "method", "task"])
-    tasks = held.loc[16, "full"].loc[list(paper.CSQA)]
+    tasks = held.sort_index().loc[16, "full"].loc[list(paper.CSQA)]
     average = held.loc[16, "full", "avg"]
     assert average.value == pytest.approx(tasks.value.mean())
     assert average.sampling == pytest.approx(np.sqrt((tasks.sampling**2).sum()) / 7)
@@ -138,6 +143,20 @@ def test_ablation_pairs_entropy_with_the_method_and_theta_with_the_rule():
         cell, row = held.loc[bits, entropy, theta, "mmlu"], raw.loc["mmlu", method, bits, rule]
         assert cell.value == pytest.approx(100 * row.acc)
         assert cell.execution_ratio == pytest.approx(row.execution_ratio) and cell.theta_value == row.theta
+
+
+def test_flops_are_the_layers_times_the_measured_ratio():
+    held = efficiency_tables.efficiency_cells(STORE).set_index(["bits", "method", "group"])
+    raw = STORE.evaluations
+    raw = raw[
+        (raw.method == "qtale") & (raw.bits == 3) & (raw.theta_rule == "searched") & raw.task.isin(paper.CSQA)
+    ]
+    cell, full = held.loc[3, "qtale", "csqa"], held.loc[3, "full", "csqa"]
+    assert cell.relative == cell.R == pytest.approx(raw.execution_ratio.mean()) and cell.runs == 7
+    assert full.layers == 2 * 8 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256)  # q, o; k, v; gate, up, down
+    assert cell.layers == pytest.approx(full.layers * cell.R) and full.routers == 0
+    assert cell.routers == 2 * 6 * (128 // 8) * (128 + 2)  # six routed layers, h = d / 8
+    assert cell.bytes > full.bytes == efficiency.model_bytes(efficiency_tables.shape(STORE), 3)["total"]
 
 
 def test_flips_table_holds_measured_and_closed_form():

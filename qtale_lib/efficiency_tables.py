@@ -1,0 +1,148 @@
+"""Table 3 from the run store: bytes and FLOPs of the model at hand; where the paper's numbers come from."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+
+from qtale_lib import efficiency, paper
+from qtale_lib.effects import paper_rule
+from qtale_lib.measurements import ROUTED_METHODS, Measurements, group_of
+from qtale_lib.tables import NOT_RUN, Table, beside, number, of_numbers
+
+MIB, MEGA = 2**20, 10**6
+KEYS = ["bits", "method", "group"]
+CELLS = ["R", "spread", "runs", "bytes", "layers", "routers", "lm_head", "relative", "with_routers"]
+NOTES = (
+    "Size: codes, steps (16 bit) and zero points of the decoder linears, embedding, norms and lm_head as "
+    "they would be packed, routers in 16 bit.",
+    "FLOPs per token: 2 x multiply-accumulates of the decoder layers x R, the executed share measured in "
+    "the same passes as the accuracy; in brackets relative to Full. Routers and lm_head (MFLOP per token), "
+    "which the paper does not count, stand apart.",
+    "Counted FLOPs, not seconds: latency is not measured here.",
+)
+
+
+def shape(store: Measurements) -> SimpleNamespace:
+    """The base model's Hugging Face config with attributes, as efficiency.py reads it."""
+    config = store.lab.base()["config"]
+    defaults = {"tie_word_embeddings": False, "model_type": "llama"}
+    return SimpleNamespace(**{**defaults, "num_key_value_heads": config["num_attention_heads"], **config})
+
+
+def sizes(store: Measurements, bits: int, method: str = "full") -> dict[str, float]:
+    """Bytes by part at a bit width; the profile's group size and lm_head, routers if the method has them."""
+    profile = store.profile
+    head = profile.quantization.lm_head_bits if bits < 16 else 16
+    return efficiency.model_bytes(shape(store), bits, profile.group_size, head, _routers(store, method))
+
+
+def _routers(store: Measurements, method: str) -> Any:
+    return store.profile.routing if method in ROUTED_METHODS else None
+
+
+def efficiency_cells(store: Measurements) -> pd.DataFrame:
+    """Tidy: bits, method, group, R (mean over tasks and seeds), bytes, FLOPs by part, relative to Full."""
+    frame = store.evaluations
+    if frame.empty:
+        return pd.DataFrame(columns=[*KEYS, *CELLS])
+    usual = [rule == paper_rule(m, b) for rule, m, b in frame[["theta_rule", "method", "bits"]].values]
+    frame = frame[usual].assign(group=lambda f: f.task.map(group_of))
+    ratios = frame.groupby(KEYS, sort=False).execution_ratio.agg(R="mean", spread="std", runs="size")
+    return pd.DataFrame([_cell(store, row) for row in ratios.reset_index().to_dict("records")])
+
+
+def _cell(store: Measurements, cell: dict[str, Any]) -> dict[str, Any]:
+    flops = efficiency.flops_per_token(shape(store), cell["R"], _routers(store, cell["method"]))
+    full = efficiency.flops_per_token(shape(store))["layers"]
+    del flops["total"]
+    relative, routers = flops["layers"] / full, flops["routers"] / full
+    size = sizes(store, cell["bits"], cell["method"])["total"]
+    return {**cell, "bytes": size, **flops, "relative": relative, "with_routers": relative + routers}
+
+
+def efficiency_table(store: Measurements) -> Table:
+    """Ours in the layout of Table 3: size, and FLOPs per token with their relative, per group of tasks."""
+    cells = efficiency_cells(store)
+    held = cells.set_index(KEYS)
+    rows = [(bits, method) for bits in store.profile.bits for method in store.profile.methods]
+    text = pd.DataFrame([_row(store, held, bits, method) for bits, method in rows])
+    caption = f"Model size and FLOPs per token, profile {store.profile.name}"
+    return Table("table_3_efficiency", caption, text, cells, tuple(KEYS), NOTES)
+
+
+def _row(store: Measurements, held: pd.DataFrame, bits: int, method: str) -> dict[str, str]:
+    row = {"bits": str(bits), "method": paper.METHODS[method]}
+    row["size (MiB)"] = number(sizes(store, bits, method)["total"] / MIB)
+    for group in paper.GROUPS:
+        known = (bits, method, group) in held.index
+        row[f"{paper.TASK_LABELS[group]} MFLOP"] = _flops(held.loc[bits, method, group]) if known else NOT_RUN
+    fixed = efficiency.flops_per_token(shape(store), 1.0, _routers(store, method))
+    return {**row, **{part: number(fixed[part] / MEGA) for part in ("routers", "lm_head")}}
+
+
+def _flops(cell: pd.Series) -> str:
+    return f"{number(cell.layers / MEGA)} ({number(cell.relative)}x)"
+
+
+def efficiency_beside_paper(store: Measurements) -> Table:
+    """Relative FLOPs of the routed methods: ours, and printed with the difference, for both models."""
+    ours = efficiency_cells(store)[[*KEYS, "relative"]].rename(columns={"relative": "ours"})
+    printed = (
+        paper.efficiency().query("method != 'full'").rename(columns={"task": "group", "relative": "paper"})
+    )
+    frame = printed.merge(ours, "left", on=KEYS).assign(difference=lambda f: f.ours - f.paper)
+    frame = frame[["model", *KEYS, "paper", "ours", "difference"]]
+    parts = {model: part.reset_index(drop=True) for model, part in frame.groupby("model", sort=False)}
+    first = next(iter(parts.values()))
+    text = (
+        first[KEYS]
+        .astype(str)
+        .assign(ours=first.ours.map(number), **{m: beside(p) for m, p in parts.items()})
+    )
+    notes = (
+        paper.SOURCE,
+        "Relative to Full at the same bit width, decoder layers only; in brackets ours − the paper's.",
+    )
+    caption = "Relative FLOPs of Table 3 beside ours"
+    return _labelled(Table("table_3_beside", caption, text, frame, ("model", *KEYS), notes))
+
+
+def _labelled(table: Table) -> Table:
+    table.text["method"] = table.text.method.map(paper.METHODS)
+    table.text["group"] = table.text.group.map(paper.TASK_LABELS)
+    return table
+
+
+def file_table(store: Measurements) -> Table:
+    """Real bytes of the base model's file beside the formula at the file's precision, and packed sizes."""
+    base = store.lab.base()
+    precision = str(base["config"].get("dtype") or base["config"].get("torch_dtype") or "unknown")
+    formula = sizes(store, 16)["total"] * (2 if precision == "float32" else 1)
+    rows = [("its safetensors file", precision, base["bytes"]), ("formula", precision, formula)]
+    rows += [(f"formula, {b} bits", "packed", sizes(store, b)["total"]) for b in store.profile.bits if b < 16]
+    frame = pd.DataFrame(rows, columns=["base model", "precision", "MiB"])
+    frame["MiB"] /= MIB
+    notes = ("Evaluation is fake-quantized and writes no packed file: quantized sizes are the formula's.",)
+    return of_numbers("table_3_files", "Bytes, real and by formula", frame, ("base model",), notes, digits=3)
+
+
+def reconciliation_table() -> Table:
+    """Table 3's sizes and Full FLOPs recomputed from the public configs of both models, several ways."""
+    frame = efficiency.reconcile_table3()
+    keys = ("model", "quantity", "bits", "counted")
+    notes = (paper.SOURCE, "From the public configs; no weights are needed.")
+    table = of_numbers("table_3_reconciled", "Table 3 from the models' shapes", frame, keys, notes)
+    table.text["agrees"] = frame.agrees.map({True: "yes", False: "no"})
+    return table
+
+
+def relative_table() -> Table:
+    """The relative FLOPs of Table 3 that its printed GFLOPs do not give."""
+    frame = efficiency.reconcile_relative_flops().rename(columns={"task": "group"})
+    odd = frame[~frame.agrees].drop(columns="agrees")
+    note = f"All other cells ({int(frame.agrees.sum())} of {len(frame)}) follow from the printed GFLOPs."
+    caption = "Relative FLOPs of Table 3 that do not follow from its GFLOPs"
+    return _labelled(of_numbers("table_3_relative", caption, odd, ("model", *KEYS), (paper.SOURCE, note)))

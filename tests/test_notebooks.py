@@ -1,0 +1,137 @@
+"""The notebooks' house rules, and every code cell run on a made-up lab, whatever a profile runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from statistics import median
+
+import nbformat
+import pytest
+from fake_lab import FakeLab
+
+from qtale_lib import claims
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+NAMES = [
+    "00_figure_1_overview",
+    "01_figure_4_gumbel",
+    "02_figure_2_layer_execution",
+    "03_figures_5_6_router_logits",
+    "04_figures_3_7_flips",
+    "05_tables_1_2_accuracy",
+    "06_table_3_efficiency",
+    "07_table_4_ablation",
+]
+each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem[:2])
+
+
+def notebook(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook(path).cells if cell.cell_type == "code"]
+
+
+def is_parameters(cell: nbformat.NotebookNode) -> bool:
+    return "parameters" in cell.metadata.get("tags", [])
+
+
+def test_one_notebook_per_artefact():
+    assert [path.stem for path in PATHS] == NAMES
+
+
+@each
+def test_sources_are_valid_without_outputs_and_for_the_kernel_python3(path):
+    book = notebook(path)
+    nbformat.validate(book)
+    assert book.metadata.kernelspec.name == "python3"
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code_cells(path))
+
+
+@each
+def test_the_first_cell_names_the_paper_what_is_shown_and_the_cost(path):
+    first = notebook(path).cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert all(part in first.source for part in ("**The paper", "**Here.**", "**Cost.**"))
+    assert path.stem[:2] == "01" or ("`smoke`" in first.source and "`tiny`" in first.source)
+
+
+@each
+def test_one_parameters_cell_with_literals_only(path):
+    (cell,) = [cell for cell in code_cells(path) if is_parameters(cell)]
+    assert cell is code_cells(path)[0] or cell.id == code_cells(path)[0].id
+    body = ast.parse(cell.source).body
+    values = {node.targets[0].id: ast.literal_eval(node.value) for node in body}
+    assert values == {"PROFILE": "tiny", "DATA_DIR": "", "SEEDS": 0}
+
+
+@each
+def test_cells_are_short_and_hold_no_code_of_their_own(path):
+    lengths = [len(cell.source.strip().splitlines()) for cell in code_cells(path)]
+    assert max(lengths) <= 12 and median(lengths) <= 6
+    for cell in code_cells(path):
+        kinds = {type(node) for node in ast.walk(ast.parse(cell.source))}
+        assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.For, ast.While, ast.Try}
+
+
+@each
+def test_the_run_store_is_the_only_source(path):
+    text = "\n".join(cell.source for cell in code_cells(path))
+    assert f'lab.ensure("{path.stem[:2]}")' in text
+    assert not re.search(r"\b(import torch|open\(|read_csv|read_json|requests)", text)
+    imported = re.findall(r"^(?:from|import) (\w+)", text, flags=re.MULTILINE)
+    assert set(imported) <= {"sys", "IPython", "qtale_lib"}
+
+
+@each
+def test_it_ends_with_its_claims_and_the_setting_comes_first(path):
+    sources = [cell.source for cell in code_cells(path)]
+    shown = [source for source in sources if not is_set_up(source)]
+    assert "results.setting(store)" in shown[0]
+    assert any("claims.verdicts(store" in source for source in sources[-2:])
+    assert any("beside_reference" in source for source in sources)
+
+
+def is_set_up(source: str) -> bool:
+    lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#")]
+    return all(re.match(r"(import|from|sys\.path|[A-Z_]+ =)", line) for line in lines)
+
+
+def test_every_claim_stands_in_a_notebook():
+    shown = {
+        path.stem[:2] for path in PATHS if 'claims.verdicts(store, "' in path.read_text().replace('\\"', '"')
+    }
+    assert {claim.notebook for claim in claims.CLAIMS} == shown
+
+
+PARTS = {
+    "smoke": {"tasks": ["arc_easy", "alpaca"], "bits": [16, 4]},
+    "one task": {"tasks": ["boolq"], "bits": [4], "seeds": [0, 1]},
+    "no routers": {"tasks": ["alpaca"], "methods": ["full"], "bits": [16]},
+    "qtale alone": {"tasks": ["mmlu"], "methods": ["qtale"], "bits": [16, 3]},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@each
+def test_every_cell_runs_on_any_part_of_a_profile(path, part, tmp_path, monkeypatch):
+    """The cells in order, in one namespace, with a made-up lab in place of the profile's."""
+    lab = FakeLab(questions=40, **PARTS[part])
+    lab.figures, lab.tables = tmp_path / "figures", tmp_path / "tables"
+    monkeypatch.setattr("qtale_lib.lab.Lab", lambda profile: lab)
+    monkeypatch.chdir(FOLDER)
+    monkeypatch.syspath_prepend(".")
+    namespace: dict = {}
+    for cell in code_cells(path):
+        exec(compile(cell.source, cell.id, "exec"), namespace)
+    assert lab.ensured == [path.stem[:2]]
+    written = {
+        file.name for folder in (lab.figures, lab.tables) if folder.exists() for file in folder.iterdir()
+    }
+    assert any(re.match(r"(figures?|tables?)_\d", name) for name in written)
+    for name in written:
+        assert {f"{Path(name).stem}.csv"} <= written

@@ -31,8 +31,7 @@ STATEMENTS: dict[str, dict[str, tuple[str, ...]]] = {
             "The home town of {name} is {value}.",
             "{value} is the home of {name}.",
         ),
-        "friend": ("The friend of {name} is {value}.", "{name} is a friend of {value}."),
-        "possession": ("{name} owns the {value}.", "The possession of {name} is the {value}."),
+        "pet": ("The pet of {name} is the {value}.", "{name} keeps the {value}."),
     },
     "town": {
         "region": ("{name} lies in {value}.", "{name} is a town in {value}."),
@@ -51,7 +50,7 @@ STATEMENTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # Shares of documents by source; kinds of statement documents follow the number of facts each kind holds.
 QUESTION_SHARE, RULE_SHARE = 0.5, 0.05
-KIND_WEIGHTS = {"person": 7.0, "town": 1.2, "animal": 1.0, "thing": 1.0}
+KIND_WEIGHTS = {"person": 6.0, "town": 0.5, "animal": 0.5, "thing": 1.5}
 
 
 class Corpus:

@@ -40,15 +40,15 @@ class Recipe:
     key_value_heads: int = 2
     window: int = 128
     batch: int = 16
-    tokens: int = 11_000_000
+    tokens: int = 10_000_000
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     prompt_weight: float = (
         0.1  # weight of a question's prompt tokens in the loss; entities in it are drawn at random
     )
     warmup_steps: int = 100
-    first_share: float = 0.25  # of the entities are in the text at the start; the share grows linearly ...
-    growth_share: float = 0.25  # ... to all of them over this part of training
+    first_share: float = 0.3  # of the entities are in the text at the start; the share grows linearly ...
+    growth_share: float = 0.2  # ... to all of them over this part of training
     decay_share: float = 0.4  # the last part of training, over which the learning rate falls to zero
     seed: int = SEED
 

@@ -201,9 +201,10 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "arc_challenge": (
         _two_hop("arc_challenge", "home", "climate", "What is the climate in the home town of {name}?"),
         _two_hop("arc_challenge", "home", "export", "What does the home town of {name} sell?"),
-        _two_hop("arc_challenge", "friend", "trade", "What is the trade of the friend of {name}?"),
-        _two_hop("arc_challenge", "friend", "fruit", "Which fruit does the friend of {name} like?"),
-        _two_hop("arc_challenge", "possession", "material", "What is the possession of {name} made of?"),
+        _two_hop("arc_challenge", "home", "region", "In which region does {name} live?"),
+        _two_hop("arc_challenge", "pet", "food", "What does the pet of {name} eat?"),
+        _two_hop("arc_challenge", "pet", "colour", "What is the colour of the pet of {name}?"),
+        _two_hop("arc_challenge", "pet", "habitat", "Where does the pet of {name} come from?"),
     ),
     "winogrande": (
         _winogrande("fruit", "bought {value}"),
@@ -240,9 +241,9 @@ FORMS: dict[str, tuple[Form, ...]] = {
         ),
         _alpaca(
             "person",
-            "Introduce the friend of {name}.",
-            "The friend of {name} is {friend}, a {friend_trade}.",
-            ("friend", "friend.trade"),
+            "Introduce the pet of {name}.",
+            "The pet of {name} is the {pet}, which is {pet_colour}.",
+            ("pet", "pet.colour"),
         ),
         _alpaca(
             "person",
@@ -252,7 +253,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
             "{name}",
         ),
         _alpaca(
-            "person", "Say what this person owns.", "{name} owns the {possession}.", ("possession",), "{name}"
+            "person", "Name the trade of this person.", "{name} works as a {trade}.", ("trade",), "{name}"
         ),
         _alpaca(
             "town",

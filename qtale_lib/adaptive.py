@@ -6,7 +6,6 @@ QTALE Sec. 3.1 and 3.4, after D-LLM. The base model keeps its parameter names an
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from qtale_lib.base import find_base
 from qtale_lib.errors import UserError
 from qtale_lib.routed_layers import ForwardPass, RouterConfig, RoutingState, routed_class, start_pass
 from qtale_lib.routing import Router, threshold_shift
@@ -199,7 +199,7 @@ def save_routed(model: nn.Module, directory: str | Path, base: str | None = None
     Any other is saved whole, as a Hugging Face folder. A model without routers ("full") goes the same way.
 
     Args:
-        base: name of the base for `resolve_base`; None takes the one that the model was loaded from.
+        base: name of the base for `base.find_base`; None takes the one that the model was loaded from.
     Raises:
         UserError: for an adapter that is merged in place or no plain LoRA, or a base without a name.
     """
@@ -245,17 +245,6 @@ def load_routed(directory: str | Path) -> nn.Module:
     return model.eval()
 
 
-def resolve_base(name: str) -> str:
-    """Where a base lies: "microworld" is embedded; else a path, a name in $QTALE_MODELS_DIR, a hub id."""
-    if name == "microworld":
-        from qtale_lib.data.microworld import base_directory
-
-        return str(base_directory())
-    shared = Path(os.environ.get("QTALE_MODELS_DIR", "."))
-    places = [Path(name).expanduser(), shared / name, shared / Path(name).name]
-    return next((str(place) for place in places if place.is_dir()), name)
-
-
 def weights_digest(model: nn.Module) -> str:
     """sha256 of the base's parameters (names, types, shapes, bytes); LoRA, routers, peft's names left out."""
     digest = hashlib.sha256()
@@ -286,14 +275,9 @@ def _save_adapter(model: PeftModel, directory: Path, base: str | None) -> dict[s
 
 
 def _load_base(base: dict[str, str]) -> PreTrainedModel:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_base(base["name"]), dtype=getattr(torch, base["dtype"]), use_safetensors=True
-        )
-    except OSError:
-        raise UserError(
-            f"The base {base['name']!r} cannot be found: set QTALE_MODELS_DIR to its folder."
-        ) from None
+    model = AutoModelForCausalLM.from_pretrained(
+        find_base(base["name"]), dtype=getattr(torch, base["dtype"]), use_safetensors=True
+    )
     if weights_digest(model) != base["sha256"]:
         raise UserError(f"The base {base['name']!r} is not the one trained on (sha256): restore it.")
     return model

@@ -21,18 +21,27 @@ LOADED_FILES = ("*.safetensors", "*.json", "tokenizer.model")
 
 
 def base_directory(profile: Profile) -> Path:
-    """Folder of the base: embedded, a path, a name in $QTALE_MODELS_DIR, or fetched from the hub."""
-    if profile.base == EMBEDDED:
+    """Folder of the profile's base."""
+    return find_base(profile.base, profile.revision)
+
+
+def find_base(name: str, revision: str | None = None) -> Path:
+    """Folder of a base: the embedded one, a path, a name in $QTALE_MODELS_DIR, or fetched from the hub.
+
+    Raises:
+        UserError: if it is nowhere, or its folder holds no config.json.
+    """
+    if name == EMBEDDED:
         from qtale_lib.data.microworld import base_directory as embedded
 
         return _with_config(embedded())
-    places = [Path(profile.base).expanduser()]
+    places = [Path(name).expanduser()]
     if models := os.environ.get("QTALE_MODELS_DIR"):
-        places += [Path(models) / profile.base, Path(models) / Path(profile.base).name]
+        places += [Path(models) / name, Path(models) / Path(name).name]
     for place in places:
         if place.is_dir():
             return _with_config(place)
-    return _from_hub(profile)
+    return _from_hub(name, revision)
 
 
 def _with_config(directory: Path) -> Path:
@@ -43,14 +52,14 @@ def _with_config(directory: Path) -> Path:
     return directory
 
 
-def _from_hub(profile: Profile) -> Path:
+def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(profile.base, revision=profile.revision, allow_patterns=list(LOADED_FILES))
+        found = snapshot_download(name, revision=revision, allow_patterns=list(LOADED_FILES))
     except Exception as error:  # the hub's client raises many kinds: no such repository, gated, offline
         raise UserError(
-            f'Base model "{profile.base}" is neither a folder, nor in QTALE_MODELS_DIR, nor to be had '
+            f'Base model "{name}" is neither a folder, nor in QTALE_MODELS_DIR, nor to be had '
             f"from the hub ({type(error).__name__}); correct `base` in the profile or download the model."
         ) from error
     return Path(found)

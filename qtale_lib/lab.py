@@ -195,6 +195,10 @@ class Lab:
     def once(self, kind: str, spec: Spec, compute: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """The result; computed under its lock, by `compute(folder for its files)`, if nobody has it yet."""
         address = self.address(kind, spec)
+        if address is None:
+            raise UserError(
+                f"What the {kind} of {_name(spec)} is made from is missing; was it changed meanwhile?"
+            )
         found = self.store.get(*address)
         if found:
             return found

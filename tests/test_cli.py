@@ -1,4 +1,4 @@
-"""The command line: what it says, with which code it ends; notebooks executed, or left out while up to date."""
+"""The command line: what it says and how it ends; notebooks executed, or left out while up to date."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ STAGE_VERSIONS = {"finetune": 1, "quantization": 1, "threshold": 1, "evaluation"
 ENCODING = ("prompt", "max_length", "overlong", "dtype")
 FINETUNING = (*ENCODING, "max_steps", "training", "lora", "routing", "probes")
 QUANTIZING = ("quantization", "group_size")
+BYTES = {"float32": 4, "bfloat16": 2}
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
 
@@ -233,10 +234,13 @@ class Lab:
         missing = [job for job in wanted if not self.is_done(job)]
         if not missing:
             return []
-        slots = worker_slots(len(missing))
+        slots = worker_slots(len(missing), self._model_bytes())
         tasks = [self._task(job) for job in missing]
         with watcher(tasks, len(slots)) as watching:
             return run_tasks(tasks, slots, watching)
+
+    def _model_bytes(self) -> int:
+        return self.base()["parameters"]["total"] * BYTES[self.profile.dtype]
 
     def _task(self, job: Job) -> Task:
         after = () if job.bits is None else (Job(job.run).name,)

@@ -27,7 +27,8 @@ from qtale_lib.errors import UserError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GRACE_SECONDS = 5.0
-WORKER_BYTES = 1.5 * 2**30  # torch, its imports and a small model in training
+WORKER_BYTES = 1.5 * 2**30  # torch, its imports, the activations of a small model
+COPIES = 3  # of the model's weights in a worker's memory, at most: while it loads, merges or searches
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,21 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: W
     return list(outcomes.values())
 
 
-def worker_slots(tasks: int) -> list[dict[str, str]]:
-    """Environments of the workers: one per GPU, else one per core with one thread each, as memory allows."""
+def worker_slots(tasks: int, model_bytes: int = 0) -> list[dict[str, str]]:
+    """Environments of the workers: one per GPU, else one per core of one thread each, as memory allows.
+
+    model_bytes: one copy of the model in memory. UserError if not even that fits, before any work is begun.
+    """
     gpus = _gpus()
     if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
-    room = max(1, int(psutil.virtual_memory().available // WORKER_BYTES))
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:tasks]]
+    free = psutil.virtual_memory().available
+    if model_bytes > free:
+        raise UserError(
+            f"The base model takes {model_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
+            "set dtype: bfloat16 or choose a smaller base."
+        )
+    room = int(free // (WORKER_BYTES + COPIES * model_bytes))
     return [dict.fromkeys(THREAD_VARIABLES, "1")] * max(1, min(usable_cores(), room, tasks))
 
 

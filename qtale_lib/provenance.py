@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -70,8 +71,17 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def reset_peak_memory() -> None:
+    """Let peak_memory count from now on (on Linux and GPUs; elsewhere it counts from the process's start)."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory() -> int:
-    """Bytes: the most that this process ever held, or that torch allocated on its GPU."""
+    """Bytes: the most that this process held since the reset, or that torch allocated on its GPU."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
@@ -85,6 +95,7 @@ class Stopwatch:
     def __init__(self, **facts: Any) -> None:
         self.facts = facts
         self.started = time.monotonic()
+        reset_peak_memory()
 
     def provenance(self, **facts: Any) -> dict[str, Any]:
         """What is known at the end, with seconds since the start, peak memory and the time of day."""

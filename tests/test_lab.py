@@ -6,22 +6,26 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_work import compute_everything, compute_slowly, die, fail, hold, note, refuse, run_here
-from small_run import profile, save_base
+from small_run import llama, profile, save_base
 
-from qtale_lib import jobs
+from qtale_lib import jobs, pool
 from qtale_lib import lab as lab_module
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run
 from qtale_lib.lab import Lab
-from qtale_lib.pool import Task, run_tasks
+from qtale_lib.pool import Outcome, Task, run_tasks
 from qtale_lib.progress import Forecast, PlainWatcher
+from qtale_lib.provenance import Stopwatch
 from qtale_lib.store import Store, digest, locked, read_json, write_json
 
 JSON = st.recursive(
@@ -141,6 +145,30 @@ def test_the_longest_ready_task_goes_first(tmp_path):
     assert watcher.begun == ["now", "long", "middle", "short"]
 
 
+def test_workers_are_as_many_as_cores_tasks_and_memory_allow(monkeypatch):
+    monkeypatch.setattr(pool, "_gpus", list)
+    monkeypatch.setattr(pool, "usable_cores", lambda: 8)
+    memory = SimpleNamespace(available=10 * 2**30)
+    monkeypatch.setattr(pool.psutil, "virtual_memory", lambda: memory)
+    assert [len(pool.worker_slots(tasks)) for tasks in (1, 3, 99)] == [1, 3, 6]
+    assert len(pool.worker_slots(99, 2**30)) == 2 and len(pool.worker_slots(99, 9 * 2**30)) == 1
+    assert pool.worker_slots(1)[0]["OMP_NUM_THREADS"] == "1"
+    with pytest.raises(UserError, match=r"takes 11.0 GiB and 10.0 GiB of memory are free"):
+        pool.worker_slots(99, 11 * 2**30)
+    monkeypatch.setattr(pool, "_gpus", lambda: ["0", "3"])
+    assert pool.worker_slots(99, 2**40) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
+
+
+def test_peak_memory_counts_from_the_start_of_the_work():
+    watch = Stopwatch()
+    before = watch.provenance()["peak_memory_bytes"]
+    ballast = bytearray(64 * 2**20)
+    grown = watch.provenance()["peak_memory_bytes"]
+    assert grown - before > 48 * 2**20
+    del ballast
+    assert sys.platform != "linux" or Stopwatch().provenance()["peak_memory_bytes"] < grown - 32 * 2**20
+
+
 def test_the_forecast_learns_what_a_unit_of_cost_takes():
     class Done:
         status, seconds = "done", 20.0
@@ -156,8 +184,6 @@ def test_the_forecast_learns_what_a_unit_of_cost_takes():
 def test_plain_progress_says_what_ended_and_what_is_left(capsys):
     tasks = [Task(name, fail, cost=10) for name in "ab"]
     watcher = PlainWatcher(tasks, 1)
-    from qtale_lib.pool import Outcome
-
     watcher.ended(tasks[0], Outcome("a", "done", 65.0))
     watcher.ended(tasks[1], Outcome("b", "failed", 1.0, "no good"))
     lines = capsys.readouterr().out.splitlines()
@@ -271,8 +297,6 @@ def test_reading_what_is_missing_says_what_to_run(tmp_path, base):
 
 
 def test_base_facts_are_those_of_the_files(tmp_path, base):
-    from small_run import llama
-
     facts = Lab(profile(base), tmp_path).base()
     model = llama(facts["config"]["vocab_size"])
     assert facts["parameters"]["total"] == sum(p.numel() for p in model.parameters())
@@ -280,9 +304,6 @@ def test_base_facts_are_those_of_the_files(tmp_path, base):
 
 
 def test_reading_needs_no_torch():
-    import subprocess
-    import sys
-
     code = "import sys, qtale_lib.lab, qtale_lib.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=lab_module.ROOT, check=False).returncode == 0
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from qtale_lib.paper import METHODS, TASK_LABELS
+from qtale_lib.paper import GROUPS, METHODS, TASK_LABELS
 
 COLUMN, PAGE = 3.25, 6.75  # inches
 FORMATS = ("pdf", "png", "svg")
@@ -221,6 +221,29 @@ def _flip_lines(axis: Axes, part: pd.DataFrame, label: str, style: dict) -> None
 
 def _explain_lines(axis: Axes) -> None:
     axis.plot([], [], color="0.4", linewidth=0.9, label="closed form: mean σ(−|Δ|)")
+
+
+# Beside Table 4.
+
+
+def theta_curves(frame: pd.DataFrame) -> Figure:
+    """Calibration score by execution ratio as theta falls from 0.5, one panel per group of tasks.
+
+    `frame`: group, method, bits, theta, score, execution_ratio. Filled marks: quantized; open marks: 16 bit.
+    """
+    if frame.empty:
+        return empty()
+    groups = [group for group in GROUPS if group in set(frame.group)]
+    figure, axes = canvas(PAGE, 2.4, 1, len(groups))
+    for axis, group in zip(axes[0], groups, strict=True):
+        for (method, bits), part in frame[frame.group == group].groupby(["method", "bits"], sort=False):
+            fill = {"fillstyle": "none", "linewidth": 0.7} if bits == 16 else {}
+            label = f"{METHODS[method]}, {bits} bits"
+            axis.plot(100 * part.execution_ratio, part.score, label=label, **{**LINES[method], **fill})
+        score = "PPL" if group == "alpaca" else "accuracy (%)"
+        axis.set(xlabel="execution ratio (%)", ylabel=score, title=TASK_LABELS[group])
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
 
 
 # Figure 4.

@@ -163,6 +163,23 @@ class Measurements:
         ]
         return pd.concat(frames, ignore_index=True)[columns]
 
+    def theta_curves(self) -> pd.DataFrame:
+        """The coarse phase of the θ searches (Sec. 3.4): group, method, bits, theta, score, execution_ratio.
+
+        Means over tasks and seeds on calibration questions; scores are accuracies in percent, or PPL.
+        """
+        columns = ["group", "method", "bits", "theta", "score", "execution_ratio"]
+        searches = self.lab.thresholds()
+        parts = [
+            pd.DataFrame(row.coarse).assign(group=group_of(row.task), method=row.method, bits=row.bits)
+            for row in searches.itertuples()
+        ]
+        if not parts:
+            return pd.DataFrame(columns=columns)
+        frame = pd.concat(parts)
+        frame["score"] *= np.where(frame.group == "alpaca", 1.0, 100.0)
+        return frame.groupby(columns[:4])[columns[4:]].mean().reset_index()
+
 
 LISTED = ("ratio", "flip", "flip_expected", "gap", "abs_gap")
 PROBED = (*LISTED, "routed_ratio", "floor")

@@ -161,8 +161,16 @@ class FakeLab:
 
     def thresholds(self) -> pd.DataFrame:
         runs = [run for run in self.finetunes().values.tolist() if run[1] != "full"]
-        rows = [(*run, bits, 0.2) for run in runs for bits in self.profile.bits]
-        return pd.DataFrame(rows, columns=["task", "method", "seed", "bits", "theta"])
+        rows = [(*run, bits, 0.2, self.coarse(*run, bits)) for run in runs for bits in self.profile.bits]
+        return pd.DataFrame(rows, columns=["task", "method", "seed", "bits", "theta", "coarse"])
+
+    def coarse(self, task: str, method: str, seed: int, bits: int) -> list[dict[str, float]]:
+        noise = self.noise("theta", task, method, seed, bits)
+        best = 3.0 if task == "alpaca" else 0.8
+        return [
+            {"theta": theta, "score": best + noise.normal(0, 0.01), "execution_ratio": 1.0 - 0.9 * theta}
+            for theta in (0.1, 0.2, 0.3, 0.4, 0.5)
+        ]
 
 
 def routed(values: Any) -> list:

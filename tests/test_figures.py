@@ -22,6 +22,7 @@ DRAWN = {
     "figure_3": (figures.ratios_and_flips, lambda: STORE.lowest_by_epoch("dllm")),
     "figure_4": (figures.noise, noise.frame),
     "figure_5": (figures.logit_histograms, lambda: STORE.histograms("dllm")),
+    "theta_curves": (figures.theta_curves, lambda: STORE.theta_curves()),
     "figure_7": (figures.flips_compared, lambda: STORE.lowest_by_epoch("dllm", "qtale")),
 }
 

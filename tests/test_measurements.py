@@ -90,3 +90,13 @@ def test_figure_task_is_arc_easy_where_there_is_one():
     assert Measurements(FakeLab()).figure_task() == "arc_easy"
     assert Measurements(FakeLab(tasks=["siqa", "alpaca"])).figure_task() == "siqa"
     assert set(Measurements(FakeLab(tasks=["siqa"])).layers.layer) == set(range(LAYERS))
+
+
+def test_theta_curves_are_means_over_tasks_in_percent():
+    lab = FakeLab(tasks=["piqa", "siqa", "alpaca"], bits=[16, 4])
+    curves = Measurements(lab).theta_curves().set_index(["group", "method", "bits", "theta"]).score
+    searches = lab.thresholds().set_index(["task", "method", "bits"]).coarse
+    pair = [searches[task, "qtale", 4][1]["score"] for task in ("piqa", "siqa")]
+    assert curves["csqa", "qtale", 4, 0.2] == pytest.approx(100 * np.mean(pair))
+    assert curves["alpaca", "dllm", 16, 0.5] == searches["alpaca", "dllm", 16][4]["score"]
+    assert Measurements(FakeLab(methods=["full"])).theta_curves().empty

@@ -76,10 +76,8 @@ def _table_claim(id: str, group: str, contrast: Contrast, measure: str = "score"
 
 CENTRED = {"quote": "the distribution of π is centered near 0", "low": -0.25, "high": 0.25}
 NOISE_CLAIMS = (
-    _noise_claim(
-        "mode, within ± 0.25", "logits", noise.mode, id="F4 mode", quote=CENTRED, low=-0.25, high=0.25
-    ),
-    _noise_claim("mean, within ± 0.25", "logits", np.mean, id="F4 mean", quote=CENTRED, low=-0.25, high=0.25),
+    _noise_claim("mode, within ± 0.25", "logits", noise.mode, id="F4 mode", **CENTRED),
+    _noise_claim("mean, within ± 0.25", "logits", np.mean, id="F4 mean", **CENTRED),
     _noise_claim(
         "flips at the edge of that range (|Δ| = 2), above 5 %",
         "% of decisions",

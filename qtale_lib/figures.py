@@ -155,7 +155,7 @@ def _heatmap(axis: Axes, frame: pd.DataFrame):
     image = axis.imshow(wide, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     step = 1 if wide.shape[1] <= 16 else 4
     axis.set(xticks=range(0, wide.shape[1], step), xticklabels=wide.columns[::step])
-    axis.set(yticks=range(len(wide)), yticklabels=[f"{epoch:g}" for epoch in wide.index])
+    axis.set(yticks=range(len(wide)), yticklabels=[f"{epoch:.3g}" for epoch in wide.index])
     axis.set(xlabel="layer", ylabel="epoch")
     axis.spines[:].set_visible(True)
     if wide.shape[1] <= 16:
@@ -293,7 +293,7 @@ def logit_histograms(frame: pd.DataFrame) -> Figure:
     for (row, column), axis in np.ndenumerate(axes):
         part = frame[(frame.layer == layers[row]) & (frame.epoch == epochs[column])]
         _logits(axis, part)
-        _label_outer(axis, row, column, len(layers), f"layer {layers[row]}", f"epoch {epochs[column]:g}")
+        _label_outer(axis, row, column, len(layers), f"layer {layers[row]}", f"epoch {epochs[column]:.3g}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 

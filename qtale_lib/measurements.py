@@ -57,6 +57,16 @@ def shown_epochs(epochs: Iterable[int]) -> list[int]:
     return sorted({epoch for epoch in SHOWN_EPOCHS if epoch in present} | set(present[-1:]))
 
 
+def quantized_bits(profile: Any) -> int | None:
+    """The profile's width below 16 bits that comes nearest to the paper's 4; None without one."""
+    return min((bits for bits in profile.bits if bits < 16), key=lambda bits: abs(bits - 4), default=None)
+
+
+def compared_bits(profile: Any) -> list[int]:
+    """That width, and 16 bits beside it, as far as the profile has them."""
+    return [bits for bits in (quantized_bits(profile), 16) if bits in profile.bits]
+
+
 class Measurements:
     """What a lab holds, read once: `answers` by cell, `layers` and `evaluations` as tidy frames."""
 
@@ -110,10 +120,10 @@ class Measurements:
         tasks = [task for task in FIGURE_2_TASKS if task in set(frame.task)] or list(
             dict.fromkeys(frame.task)
         )
-        parts = [frame[(frame.task == task) & frame.epoch.isin(shown_epochs(frame.epoch))] for task in tasks]
+        parts = [frame[frame.task == task] for task in tasks]
+        parts = [part[part.epoch.isin(shown_epochs(part.epoch))] for part in parts]
         keys = ["task", "epoch", "layer"]
-        chosen = pd.concat([frame[:0], *parts])
-        return chosen.groupby(keys, sort=False).ratio.mean().reset_index()
+        return pd.concat([frame[:0], *parts]).groupby(keys, sort=False).ratio.mean().reset_index()
 
     def lowest_by_epoch(self, *methods: str) -> pd.DataFrame:
         """Fig. 3 and 7, tidy: method, layer, epoch and the probed numbers (mean over seeds).
@@ -166,13 +176,15 @@ class Measurements:
     def theta_curves(self) -> pd.DataFrame:
         """The coarse phase of the θ searches (Sec. 3.4): group, method, bits, theta, score, execution_ratio.
 
-        Means over tasks and seeds on calibration questions; scores are accuracies in percent, or PPL.
+        At the bits compared; means over tasks and seeds on calibration questions; scores are accuracies in
+        percent, or PPL.
         """
         columns = ["group", "method", "bits", "theta", "score", "execution_ratio"]
         searches = self.lab.thresholds()
         parts = [
             pd.DataFrame(row.coarse).assign(group=group_of(row.task), method=row.method, bits=row.bits)
             for row in searches.itertuples()
+            if row.bits in compared_bits(self.profile)
         ]
         if not parts:
             return pd.DataFrame(columns=columns)

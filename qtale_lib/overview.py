@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from qtale_lib.efficiency_tables import MIB, sizes
-from qtale_lib.measurements import Measurements
+from qtale_lib.measurements import Measurements, quantized_bits
 
 TITLES = {
     "a": "Original",
@@ -35,7 +35,7 @@ def frame(store: Measurements) -> pd.DataFrame:
     """Figure 1, tidy (see figures.overview): panel, title, note, layer, fill, executed."""
     count = store.lab.base()["config"]["num_hidden_layers"]
     whole = _linear_bytes(store, 16)
-    bits = min((b for b in store.profile.bits if b < 16), key=lambda b: abs(b - 4), default=None)
+    bits = quantized_bits(store.profile)
     dllm, qtale = (_executed(store, method) for method in ("dllm", "qtale"))
     full, share = np.ones(count), (_linear_bytes(store, bits) / whole if bits else 1.0)
     panels = {
@@ -45,7 +45,7 @@ def frame(store: Measurements) -> pd.DataFrame:
         "d": None if bits is None else _Layers(full * share, full),
         "e": None if bits is None or qtale is None else _Layers(full * share, qtale),
     }
-    names = {"a": "16 bits", "b": "16 bits, FLOPs at most (c)'s", "c": "D-LLM, 16 bits"}
+    names = {"a": "16 bits", "b": "16 bits, FLOPs as (c)", "c": "D-LLM, 16 bits"}
     names |= {"d": f"{bits} bits", "e": f"QTALE, {bits} bits"}
     parts = [_panel(panel, layers, whole, names[panel]) for panel, layers in panels.items()]
     return pd.concat(parts, ignore_index=True)
@@ -67,10 +67,10 @@ def _executed(store: Measurements, method: str) -> np.ndarray | None:
 
 
 def _pruned(executed: np.ndarray | None) -> _Layers | None:
-    """Whole layers removed, those that D-LLM executes least, until no more is executed than by D-LLM."""
+    """Whole layers removed, those that D-LLM executes least, as many as bring FLOPs nearest to D-LLM's."""
     if executed is None:
         return None
-    kept, removed = np.ones(len(executed)), int(np.ceil(len(executed) - executed.sum()))
+    kept, removed = np.ones(len(executed)), round(len(executed) - executed.sum())
     kept[np.argsort(executed, kind="stable")[:removed]] = 0.0
     return _Layers(kept, kept)
 

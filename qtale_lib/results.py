@@ -16,7 +16,7 @@ import pandas as pd
 from qtale_lib import paper
 from qtale_lib.claims import tally
 from qtale_lib.effects import paper_rule
-from qtale_lib.measurements import Measurements, group_of
+from qtale_lib.measurements import Measurements, compared_bits, group_of
 from qtale_lib.provenance import device_name, git_commit, versions
 from qtale_lib.statistics import RULE
 from qtale_lib.tables import NOT_RUN, Table, beside, number, with_errors
@@ -242,7 +242,7 @@ ABLATION_RULES = {"argmax": "0.5", "searched": "adjust", "zero": "→ 0"}
 ABLATION_NUMBERS = ("value", "sampling", "spread", "execution_ratio", "theta_value")
 
 
-def ablation_cells(store: Measurements, bits: Iterable[int] = (4, 16)) -> pd.DataFrame:
+def ablation_cells(store: Measurements, bits: Iterable[int]) -> pd.DataFrame:
     """Tidy: bits, entropy_loss, theta, group, value, its errors, execution_ratio and theta_value (means)."""
     frame, keys = store.evaluations, ["bits", "entropy_loss", "theta", "group"]
     if frame.empty:
@@ -263,12 +263,13 @@ def ablation_cells(store: Measurements, bits: Iterable[int] = (4, 16)) -> pd.Dat
 
 
 def ablation_table(store: Measurements) -> Table:
-    """Table 4 in its layout (entropy x theta, 4 bits), with the controls theta -> 0 and 16 bits."""
-    cells = ablation_cells(store)
+    """Table 4 in its layout (entropy x theta), with the controls theta -> 0 and 16 bits."""
+    widths = compared_bits(store.profile)
+    cells = ablation_cells(store, widths)
     held = cells.set_index(["bits", "entropy_loss", "theta", "group"])
     text = pd.DataFrame([
         _ablation_row(held, bits, entropy, theta)
-        for bits in (4, 16) for entropy in ABLATION_METHODS.values() for theta in ABLATION_RULES.values()
+        for bits in widths for entropy in ABLATION_METHODS.values() for theta in ABLATION_RULES.values()
     ])  # fmt: skip
     notes = (
         *ERRORS,

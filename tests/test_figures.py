@@ -129,7 +129,7 @@ def test_overview_counts_memory_and_execution():
     assert data.fill.mean()["d"] == pytest.approx((4 + (16 + 4) / 128) / 16)
     final = [STORE.lab.probes(task, "qtale", 0)[-1]["ratio"] for task in ("arc_easy", "siqa")]
     assert data.executed.mean()["e"] == pytest.approx(np.mean(final))
-    assert data.executed.mean()["b"] <= data.executed.mean()["c"]
+    assert abs(data.executed.mean()["b"] - data.executed.mean()["c"]) <= 0.5 / LAYERS
     assert (data.fill.mean()["b"], data.fill.mean()["c"]) == (data.executed.mean()["b"], 1.0)
 
 

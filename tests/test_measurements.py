@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fake_lab import LAYERS, FakeLab
 
-from qtale_lib.measurements import Measurements, group_of, shown_epochs
+from qtale_lib.measurements import Measurements, compared_bits, group_of, shown_epochs
 
 
 def test_groups_are_the_papers():
@@ -67,6 +67,24 @@ def test_figure_2_holds_the_papers_tasks_in_its_order_and_means_over_seeds():
     expected = np.mean([lab.probes("siqa", "dllm", seed)[3]["ratio"] for seed in (0, 1)], axis=0)
     assert frame[(frame.task == "siqa") & (frame.epoch == 3)].ratio.tolist() == pytest.approx(expected)
     assert set(Measurements(FakeLab(tasks=["boolq"])).ratios_by_layer("qtale").task) == {"boolq"}
+
+
+def test_every_task_keeps_its_own_last_epoch():
+    lab = FakeLab(tasks=["siqa", "piqa"])
+    whole = lab.probes
+    lab.probes = lambda task, method, seed: whole(task, method, seed)[: 5 if task == "siqa" else None]
+    frame = Measurements(lab).ratios_by_layer("dllm")
+    assert {t: sorted(part.epoch.unique()) for t, part in frame.groupby("task")} == {
+        "siqa": [0, 3, 4],
+        "piqa": [0, 3, 6, 10],
+    }
+
+
+@pytest.mark.parametrize(
+    ("bits", "compared"), [([16, 4, 3, 2], [4, 16]), ([16, 3], [3, 16]), ([16], [16]), ([8, 2], [2])]
+)
+def test_bits_compared(bits, compared):
+    assert compared_bits(FakeLab(bits=bits).profile) == compared
 
 
 def test_figures_3_and_7_follow_d_llms_lowest_layers():

@@ -133,7 +133,7 @@ def test_changes_are_from_the_methods_own_16_bits():
 
 
 def test_ablation_pairs_entropy_with_the_method_and_theta_with_the_rule():
-    held = results.ablation_cells(STORE).set_index(["bits", "entropy_loss", "theta", "group"])
+    held = results.ablation_cells(STORE, [4, 16]).set_index(["bits", "entropy_loss", "theta", "group"])
     raw = STORE.evaluations.set_index(["task", "method", "bits", "theta_rule"])
     for (bits, entropy, theta), (method, rule) in {
         (4, "no", "0.5"): ("dllm", "argmax"),

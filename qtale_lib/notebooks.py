@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import needs
-from qtale_lib.lab import Lab
+from qtale_lib.lab import READ_ONLY, Lab
 from qtale_lib.pool import THREAD_VARIABLES, Outcome, Task, Watcher
 from qtale_lib.provenance import ROOT
 from qtale_lib.store import digest, file_digest, read_json, write_json
@@ -124,12 +124,13 @@ def as_task(notebook: Path) -> Task:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a notebook's process: this checkout's library, one thread."""
+    """The environment of a notebook's process: this checkout's library, one thread, nothing left to compute."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         **dict.fromkeys(THREAD_VARIABLES, "1"),
         "PYTHONPATH": os.pathsep.join(paths),
+        READ_ONLY: "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
 

@@ -20,6 +20,7 @@ from small_run import llama, profile, save_base
 
 from qtale_lib import jobs, pool
 from qtale_lib import lab as lab_module
+from qtale_lib.base import check_group_size
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run
 from qtale_lib.lab import Lab
@@ -303,6 +304,20 @@ def test_base_facts_are_those_of_the_files(tmp_path, base):
     assert facts["parameters"]["decoder"] == sum(p.numel() for p in model.model.layers.parameters())
 
 
+@pytest.mark.parametrize("size", [1, 2, 16, 32, -1])
+def test_a_group_size_that_divides_every_layer_is_taken(tmp_path, base, size):
+    check_group_size(Lab(profile(base), tmp_path).base(), size)
+
+
+def test_another_group_size_is_refused_before_any_work(tmp_path, base):
+    lab = Lab(profile(base, group_size=24), tmp_path)
+    with pytest.raises(
+        UserError, match=r"group_size \(= 24\) does not divide the 32 columns .* divisor of 32"
+    ):
+        lab.compute(jobs.all_jobs(lab.profile))
+    assert not (lab.store.root / "finetune").exists()
+
+
 def test_reading_needs_no_torch():
     code = "import sys, qtale_lib.lab, qtale_lib.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=lab_module.ROOT, check=False).returncode == 0
@@ -389,7 +404,7 @@ def test_a_further_seed_computes_only_itself(computed, in_process):
     assert [outcome.name for outcome in outcomes] == names
 
 
-def test_what_fails_is_named_and_the_rest_is_computed(tmp_path, base, in_process):
+def test_what_fails_is_named_and_the_rest_is_computed(tmp_path, base, in_process, monkeypatch, capsys):
     settings = profile(base, tasks=["arc_easy", "alpaca"], methods=["full"], bits=[16], max_length=19)
     outcomes = {o.name: o for o in Lab(settings, tmp_path).compute(jobs.all_jobs(settings))}
     bad = outcomes["fine-tune arc_easy.full.s0"]
@@ -398,6 +413,9 @@ def test_what_fails_is_named_and_the_rest_is_computed(tmp_path, base, in_process
     assert outcomes["evaluate alpaca.full.s0 at 16 bit"].status == "done"
     with pytest.raises(UserError, match=r"results of notebook 05 failed.*No training row"):
         Lab(settings, tmp_path).ensure("05")
+    monkeypatch.setenv("QTALE_READ_ONLY", "1")
+    Lab(settings, tmp_path).ensure("05")
+    assert "2 of 4 jobs failed and are left out: fine-tune arc_easy.full.s0" in capsys.readouterr().out
 
 
 def test_two_processes_compute_a_result_once(tmp_path, base):

@@ -79,15 +79,15 @@ def base_facts(profile: Profile) -> dict[str, Any]:
 
 
 def check_group_size(facts: dict[str, Any], group_size: int) -> None:
-    """UserError if groups of that size do not divide the rows of every decoder linear; -1 always does."""
+    """UserError if groups of that size do not divide every decoder linear's rows; -1 always does."""
     config = facts["config"]
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     widths = {hidden, config["intermediate_size"], heads * (config.get("head_dim") or hidden // heads)}
     wrong = sorted(width for width in widths if group_size > 0 and width % group_size)
     if wrong:
         raise UserError(
-            f"group_size (= {group_size}) does not divide the {wrong[0]} columns of a layer of {facts['name']}; "
-            f"use a divisor of {math.gcd(*widths)}, or -1 for one group per row."
+            f"group_size (= {group_size}) does not divide the {wrong[0]} columns of a layer of "
+            f"{facts['name']}; use a divisor of {math.gcd(*widths)}, or -1 for one group per row."
         )
 
 

@@ -124,7 +124,7 @@ def as_task(notebook: Path) -> Task:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a notebook's process: this checkout's library, one thread, nothing left to compute."""
+    """The environment of a notebook's process: this library, one thread, nothing left to compute."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,

@@ -110,7 +110,7 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: W
 
 
 def worker_slots(tasks: int, model_bytes: int = 0) -> list[dict[str, str]]:
-    """Environments of the workers: one per GPU, else one per core of one thread each, as memory allows.
+    """Environments of the workers: one per GPU, else one per core with one thread, as memory allows.
 
     model_bytes: one copy of the model in memory. UserError if not even that fits, before any work is begun.
     """
@@ -137,7 +137,7 @@ def usable_cores() -> int:
 
 
 def _gpus() -> list[str]:
-    """Ids of the visible NVIDIA or AMD GPUs, asked of torch in another process: this one stays light."""
+    """Ids of the visible GPUs, asked of torch in another process: this one stays light."""
     if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd")):
         return []
     ask = "import torch; print(torch.cuda.device_count())"

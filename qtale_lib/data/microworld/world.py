@@ -21,7 +21,7 @@ SEED = 2602
 SPLIT_SHARES = {"practice": 0.50, "train": 0.20, "validation": 0.07, "calibration": 0.06, "test": 0.17}
 # Few towns and animals for many persons: what lies between two hops is met from many sides, without which a
 # model of this size learns answers by heart and never to go from hop to hop.
-ENTITY_COUNTS = {"person": 900, "town": 50, "animal": 60, "thing": 400}
+ENTITY_COUNTS = {"person": 320, "town": 20, "animal": 24, "thing": 120}
 NAMES = {
     "person": (words.FIRST_NAMES, words.LAST_NAMES),
     "town": (words.TOWN_FIRST, words.TOWN_SECOND),

@@ -120,8 +120,8 @@ def worker_slots(tasks: int, model_bytes: int = 0) -> list[dict[str, str]]:
     free = psutil.virtual_memory().available
     if model_bytes > free:
         raise UserError(
-            f"The base model takes {model_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
-            "set dtype: bfloat16 or choose a smaller base."
+            f"The base model takes {model_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are "
+            "free; set dtype: bfloat16 or choose a smaller base."
         )
     room = int(free // (WORKER_BYTES + COPIES * model_bytes))
     return [dict.fromkeys(THREAD_VARIABLES, "1")] * max(1, min(usable_cores(), room, tasks))

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qtale_lib.config import CSQA
+
 if TYPE_CHECKING:
     from qtale_lib.config import Profile
 
@@ -76,11 +78,9 @@ def needs(profile: Profile, notebook: str) -> list[Job]:
     routed = [run for run in everything if run.routed]
     if number == "01":
         return []
-    if number == "02":
-        shown = [task for task in FIGURE_2_TASKS if task in profile.tasks] or profile.tasks
-        return [Job(run) for run in routed if run.task in shown]
-    if number in ("03", "04"):
-        return [Job(run) for run in routed if run.task == probed_task(profile)]
+    if number in ("02", "03", "04"):  # their verdicts rest on every CSQA task, not on those drawn alone
+        judged = [task for task in CSQA if task in profile.tasks] or profile.tasks
+        return [Job(run) for run in routed if run.task in judged]
     if number == "07":
         shown = [bits for bits in TABLE_4_BITS if bits in profile.bits] or profile.bits
         return _with_bits(routed, shown)

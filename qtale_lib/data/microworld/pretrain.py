@@ -214,6 +214,7 @@ def write_base(model, tokenizer, recipe: Recipe, directory: Path, loss: float, s
         "recipe": asdict(recipe) | {"steps": recipe.steps},
         "final_loss": round(loss, 4),
         "seconds": round(seconds),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "sha256": {"model.safetensors": digest},
@@ -245,7 +246,7 @@ language model.
 | tokens | {recipe["tokens"]:,} in windows of {recipe["window"]} |
 | steps | {recipe["steps"]:,} of {recipe["batch"]} windows |
 | optimizers | Muon (matrices, lr {recipe["muon_lr"]}), AdamW (the rest, lr {recipe["adam_lr"]}) |
-| time | {record["seconds"]:,} s on one core (torch {record["torch"]}) |
+| time | {record["seconds"]:,} s, {record["threads"]} threads (torch {record["torch"]}) |
 | weights in the loss | prompts {recipe["prompt_weight"]} a word, answers {recipe["answer_weight"]} each |
 | final training loss | {record["final_loss"]} |
 | sha256 of `model.safetensors` | `{record["sha256"]["model.safetensors"]}` |

@@ -56,6 +56,7 @@ class PlainWatcher:
         self.forecast, self.count, self.over = Forecast(tasks, workers), len(tasks), 0
 
     def __enter__(self) -> PlainWatcher:
+        self.say(f"{self.count} jobs, {self.forecast.workers} at a time")
         return self
 
     def __exit__(

@@ -184,11 +184,12 @@ def test_the_forecast_learns_what_a_unit_of_cost_takes():
 
 def test_plain_progress_says_what_ended_and_what_is_left(capsys):
     tasks = [Task(name, fail, cost=10) for name in "ab"]
-    watcher = PlainWatcher(tasks, 1)
-    watcher.ended(tasks[0], Outcome("a", "done", 65.0))
-    watcher.ended(tasks[1], Outcome("b", "failed", 1.0, "no good"))
+    with PlainWatcher(tasks, 1) as watcher:
+        watcher.ended(tasks[0], Outcome("a", "done", 65.0))
+        watcher.ended(tasks[1], Outcome("b", "failed", 1.0, "no good"))
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["[1/2] a: 1 min 05 s; about 1 min 05 s left", "[2/2] b: FAILED, no good"]
+    assert lines[0] == "2 jobs, 1 at a time"
+    assert lines[1:] == ["[1/2] a: 1 min 05 s; about 1 min 05 s left", "[2/2] b: FAILED, no good"]
 
 
 # Which jobs a notebook needs.

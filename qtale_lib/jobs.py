@@ -100,7 +100,7 @@ def expected_seconds(profile: Profile, job: Job) -> float:
         recipe = profile.training
         rows = min(profile.limit.train or 1000, 1000)
         steps = profile.max_steps or recipe.epochs * rows / (recipe.batch_size * recipe.gradient_accumulation)
-        return routed * 0.007 * steps * recipe.batch_size * recipe.gradient_accumulation
+        return 4.0 + routed * 0.007 * steps * recipe.batch_size * recipe.gradient_accumulation
     searching = 8.0 if job.run.routed else 0.0
     return 3.0 + searching + (3.0 if job.bits < 16 else 0.0)
 

@@ -14,10 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# D-LLM adds 1e-6 to the sum over kept keys, which bounds the pull of an evicted key at 1e6. We leave the sum
-# exact and bound the pull alone, at 2^20 times that of the strongest kept key: kept keys never reach it.
-MAX_LOG2_REACH = 20.0
-
 
 class _GatedAttention(torch.autograd.Function):
     """softmax over kept keys, times values; autograd's own graph of it would dominate small CPU runs.
@@ -27,7 +23,14 @@ class _GatedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, keep: Tensor, scaling: float
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        keep: Tensor,
+        scaling: float,
+        max_pull: float,
     ) -> Tensor:
         batch, heads, length, width = query.shape
         shape = batch, key.shape[1], heads // key.shape[1] * length, width
@@ -35,7 +38,7 @@ class _GatedAttention(torch.autograd.Function):
         scores = query @ key.transpose(-1, -2)  # [B, KV, G*T, K]
         scores = scores.float() if scores.dtype.itemsize < 4 else scores
         keep = keep.to(scores.dtype)[:, None, None]  # [B, 1, 1, K]
-        reach = _reach(scores, mask.to(scores.dtype), keep)
+        reach = _reach(scores, mask.to(scores.dtype), keep, math.log2(max_pull))
         attention = reach * keep
         scale = attention.sum(-1, keepdim=True).reciprocal_()
         reach, attention = reach.mul_(scale), attention.mul_(scale).to(value.dtype)
@@ -55,17 +58,20 @@ class _GatedAttention(torch.autograd.Function):
         grad_scores = pull.mul_(keep).to(query.dtype)
         grad_query = (grad_scores @ key).mul_(ctx.scaling).view(shape)
         grad_key = (grad_scores.transpose(-1, -2) @ query).mul_(math.log(2))
-        return grad_query, grad_key, grad_value, None, grad_keep, None
+        return grad_query, grad_key, grad_value, None, grad_keep, None, None
 
 
-def _reach(scores: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
-    """2^scores of all visible keys, evicted ones too, against each query's strongest kept key; in place."""
+def _reach(scores: Tensor, mask: Tensor, keep: Tensor, limit: float) -> Tensor:
+    """2^scores of all visible keys, evicted ones too, against each query's strongest kept key; in place.
+
+    Evicted keys are held at 2^limit; kept ones, at most 1, never reach it, so that values stay exact.
+    """
     groups = scores.shape[2] // mask.shape[2]
     by_query = scores.unflatten(2, (groups, -1))  # [B, KV, G, T, K]
     kept = mask.masked_fill(keep == 0, torch.finfo(mask.dtype).min)
     strongest = (by_query + kept[:, :, None]).amax(-1, keepdim=True)
     by_query += mask[:, :, None]
-    by_query.sub_(strongest).clamp_(max=MAX_LOG2_REACH).exp2_()
+    by_query.sub_(strongest).clamp_(max=limit).exp2_()
     return scores
 
 
@@ -79,6 +85,7 @@ def gated_attention(
     dropout: float = 0.0,
     *,
     keep: Tensor,
+    max_pull: float,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers attention function that counts a key by its token's gate.
@@ -87,6 +94,7 @@ def gated_attention(
         query: [B, heads, T, D]; key, value: [B, key-value heads, T, D].
         attention_mask: [B or 1, 1, T, T], 0 where a key may be seen, the type's minimum where not.
         keep: hard gate of each key, exactly 0 or 1, [B, T]. It gets its gradient also where it is 0.
+        max_pull: at least 1; see `RouterConfig`.
     Returns:
         ([B, T, heads, D], None). A query with no kept key in sight (a bypassed token under a sliding window)
         gets finite values of no meaning; the layer drops them.
@@ -95,7 +103,7 @@ def gated_attention(
     """
     if dropout:
         raise NotImplementedError("routed training has no attention dropout: set attention_dropout to 0")
-    output = _GatedAttention.apply(query, key, value, attention_mask, keep, scaling)
+    output = _GatedAttention.apply(query, key, value, attention_mask, keep, scaling, max_pull)
     return output.transpose(1, 2), None
 
 

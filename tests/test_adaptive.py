@@ -1,6 +1,7 @@
 """Routed models against a plain per-token loop, finite differences and the base model itself."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -193,7 +194,8 @@ def test_training_decisions_are_the_gumbel_rule_on_the_recorded_logits():
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_straight_through_gradient_against_finite_differences(family):
     """dL/dlogits = dL/db, b a free input at the hard decision, times db-tilde/dlogits (Eq. 6, same noise)."""
-    model, ids = make_routed(family, router=RouterConfig(tau=1.3)).train(), tokens(2, 7)
+    config = RouterConfig(tau=1.3, max_pull=2.0**20)  # the true slope, unbounded
+    model, ids = make_routed(family, router=config).train(), tokens(2, 7)
     readout = torch.randn(2, 7, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     seen = {}
     for index in (2, 3, 4):  # cut what earlier gates do to later routers: b is to be free in each layer
@@ -252,21 +254,40 @@ def test_hidden_state_gradients_of_gated_attention():
     def attend(query, key, value):
         from qtale_lib.gated_attention import gated_attention
 
-        return gated_attention(torch.nn.Module(), query, key, value, mask, 0.5, keep=keep)[0]
+        return gated_attention(torch.nn.Module(), query, key, value, mask, 0.5, keep=keep, max_pull=1.0)[0]
 
     assert torch.autograd.gradcheck(attend, (query, key, value))
 
 
-def test_far_stronger_evicted_keys_leave_finite_gradients():
+@pytest.mark.parametrize("max_pull", [1.0, 2.0**20])
+def test_far_stronger_evicted_keys_leave_finite_gradients(max_pull):
     from qtale_lib.gated_attention import gated_attention
 
     query = torch.full((1, 1, 3, 2), 100.0, requires_grad=True)
     key = torch.tensor([[-100.0, -100], [-100, -100], [100, 100]]).view(1, 1, 3, 2).requires_grad_()
     value, keep = torch.randn(1, 1, 3, 2), torch.tensor([[1.0, 1.0, 0.0]], requires_grad=True)
-    out, _ = gated_attention(torch.nn.Module(), query, key, value, torch.zeros(1, 1, 3, 3), 1.0, keep=keep)
+    mask = torch.zeros(1, 1, 3, 3)
+    out, _ = gated_attention(torch.nn.Module(), query, key, value, mask, 1.0, keep=keep, max_pull=max_pull)
     torch.testing.assert_close(out[0, :, 0], value[0, 0, :2].mean(0).expand(3, -1))
     out.sum().backward()
     assert all(torch.isfinite(t.grad).all() for t in (query, key, keep))
+
+
+def test_the_pull_of_an_evicted_key_is_bounded_by_what_keeping_it_can_change():
+    """One query, one kept key, one evicted key e^s stronger: the slope is min(e^s, max_pull) · (v₁ − v₀)."""
+    from qtale_lib.gated_attention import gated_attention
+
+    value = torch.tensor([[0.0], [1.0]]).view(1, 1, 2, 1)
+    mask = torch.zeros(1, 1, 2, 2)
+    for stronger in (-2.0, 1.0, 5.0):
+        for max_pull in (1.0, 10.0, 2.0**20):
+            keep = torch.tensor([[1.0, 0.0]], requires_grad=True)
+            key = torch.tensor([[0.0], [stronger]]).view(1, 1, 2, 1)
+            out, _ = gated_attention(
+                torch.nn.Module(), torch.ones(1, 1, 2, 1), key, value, mask, 1.0, keep=keep, max_pull=max_pull
+            )
+            out[0, 0].sum().backward()
+            assert keep.grad[0, 1].item() == pytest.approx(min(math.exp(stronger), max_pull), rel=1e-5)
 
 
 def test_rate_loss_brings_the_execution_rate_down():

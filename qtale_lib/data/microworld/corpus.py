@@ -51,6 +51,9 @@ STATEMENTS: dict[str, dict[str, tuple[str, ...]]] = {
 # Shares of documents by source; kinds of statement documents follow the number of facts each kind holds.
 QUESTION_SHARE, RULE_SHARE = 0.5, 0.05
 KIND_WEIGHTS = {"person": 6.0, "town": 0.5, "animal": 0.5, "thing": 1.5}
+# What takes composing is asked more often than what takes a look-up.
+LOOK_UPS = ("arc_easy", "mmlu", "alpaca")
+TASK_WEIGHTS = {task: 1.0 if task in LOOK_UPS else 2.0 for task in FORMS}
 
 
 class Corpus:
@@ -85,7 +88,7 @@ class Corpus:
 
     def question(self) -> tuple[str, str]:
         """A question (or instruction) about a practice entity, in the compact prompt, and its answer."""
-        form = self.rng.choice(FORMS[self.rng.choice(list(FORMS))])
+        form = self.rng.choice(FORMS[self.rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]])
         entity = self.rng.choice(self._part(self.practice[form.kind]))
         rendered = render(form.make(self.world, self.rng, entity, self.rng.randrange(12)), "compact")
         return rendered.prompt, rendered.target

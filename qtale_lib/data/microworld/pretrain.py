@@ -40,7 +40,7 @@ class Recipe:
     key_value_heads: int = 2
     window: int = 128
     batch: int = 16
-    tokens: int = 7_000_000
+    tokens: int = 6_500_000
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     prompt_weight: float = 0.1  # a question's prompt in the loss; its entities are drawn at random

@@ -130,7 +130,7 @@ def _boolq(kind: str, attribute: str, passage: str, question: str, by_name: bool
 
     def make(world: World, rng: random.Random, entity: Entity, slot: int) -> Example:
         value = world.value(entity, attribute)
-        others = _towns_to_confuse(world, entity.split) if by_name else ATTRIBUTES[kind][attribute]
+        others = world.of("town", entity.split) if by_name else ATTRIBUTES[kind][attribute]
         said = value if slot % 2 == 0 else rng.choice([other for other in others if other != value])
         guest = rng.choice(world.of("person", entity.split))
         text = {"name": entity.name, "guest": guest.name, "said": said.name if by_name else said}
@@ -138,12 +138,6 @@ def _boolq(kind: str, attribute: str, passage: str, question: str, by_name: bool
         return Example("", "boolq", fields, ("yes", "no"), slot % 2, facts=(entity.fact(attribute),))
 
     return Form(kind, make)
-
-
-def _towns_to_confuse(world: World, split: str) -> list[Entity]:
-    """The towns of a split; all towns where the split has only one."""
-    towns = world.of("town", split)
-    return towns if len(towns) > 1 else world.entities["town"]
 
 
 def _boolq_physics(event: str) -> Form:

@@ -58,22 +58,12 @@ INSTRUMENTS = """
 """.split()
 TEMPERS = "calm proud shy bold gentle stern".split()
 
-REGIONS = """
-    Arden Borland Casta Dorvia Estmark Feldia Gorvan Hestia Istra Jovia Kalmar Lovania Morva Nordia Ostia
-    Pravia
-""".split()
+REGIONS = "Arden Borland Casta Dorvia Estmark Feldia Gorvan Hestia".split()
 CLIMATES = "mild humid arid stormy frosty foggy sunny windy".split()
-EXPORTS = """
-    salt wool copper timber silk paper honey coal wine cheese pottery leather amber tea cotton grain
-""".split()
+EXPORTS = "salt wool copper timber silk paper honey coal".split()
 
-FOODS = """
-    seeds roots insects grass fish leaves nuts bark worms eggs snails moss nectar frogs clover ants
-""".split()
-HABITATS = """
-    forest desert swamp meadow cliff cave river tundra marshland beach canyon prairie heath jungle lagoon
-    orchard
-""".split()
+FOODS = "seeds roots insects grass fish leaves nuts bark".split()
+HABITATS = "forest desert swamp meadow cliff cave river tundra".split()
 COLOURS = "brown grey white black red yellow golden silver".split()
 
 MATERIALS = """

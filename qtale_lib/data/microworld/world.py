@@ -18,10 +18,16 @@ from itertools import product
 from qtale_lib.data.microworld import words
 
 SEED = 2602
-SPLIT_SHARES = {"practice": 0.50, "train": 0.20, "validation": 0.07, "calibration": 0.06, "test": 0.17}
-# Few towns and animals for many persons: what lies between two hops is met from many sides, without which a
-# model of this size learns answers by heart and never to go from hop to hop.
-ENTITY_COUNTS = {"person": 320, "town": 20, "animal": 24, "thing": 120}
+SPLITS = ("practice", "train", "validation", "calibration", "test")
+# Entities of each kind by split. Sizes are multiples of the numbers of values: every value is the answer
+# equally often in every split. Few towns and animals for many persons: what lies between two hops is met from
+# many sides, without which a model of this size learns answers by heart and never to go from hop to hop.
+ENTITY_COUNTS = {
+    "person": (240, 64, 32, 16, 64),
+    "town": (8, 8, 8, 8, 8),
+    "animal": (8, 8, 8, 8, 8),
+    "thing": (120, 48, 24, 24, 48),
+}
 NAMES = {
     "person": (words.FIRST_NAMES, words.LAST_NAMES),
     "town": (words.TOWN_FIRST, words.TOWN_SECOND),
@@ -77,22 +83,19 @@ class World:
 
 
 def _balanced(rng: random.Random, values: Sequence[str], count: int) -> list[str]:
-    """`count` values in random order, each equally often up to one."""
-    drawn = [values[i % len(values)] for i in range(count)]
+    """`count` values in random order, each equally often up to one (which ones, is drawn too)."""
+    order = rng.sample(values, len(values))
+    drawn = [order[i % len(order)] for i in range(count)]
     rng.shuffle(drawn)
     return drawn
 
 
 def _make_entities(rng: random.Random, kind: str) -> list[Entity]:
     first, second = NAMES[kind]
-    names = rng.sample([" ".join(pair) for pair in product(first, second)], ENTITY_COUNTS[kind])
-    bounds, total = [], 0.0
-    for split, share in SPLIT_SHARES.items():
-        total += share
-        bounds.append((split, round(total * len(names))))
+    splits = [split for split, size in zip(SPLITS, ENTITY_COUNTS[kind], strict=True) for _ in range(size)]
+    names = rng.sample([" ".join(pair) for pair in product(first, second)], len(splits))
     entities = []
-    for index, name in enumerate(names):
-        split = next(split for split, bound in bounds if index < bound)
+    for index, (name, split) in enumerate(zip(names, splits, strict=True)):
         # Some facts are met ten times as often as others: the model holds the rare ones weakly.
         frequency = 1.0 / (1.0 + 9.0 * rng.random())
         entities.append(Entity(kind, index, name, split, frequency))
@@ -102,7 +105,7 @@ def _make_entities(rng: random.Random, kind: str) -> list[Entity]:
 def _draw_attributes(rng: random.Random, world: World) -> None:
     for kind, attributes in ATTRIBUTES.items():
         for attribute, values in attributes.items():
-            for split in SPLIT_SHARES:
+            for split in SPLITS:
                 members = world.of(kind, split)
                 for entity, value in zip(members, _balanced(rng, values, len(members)), strict=True):
                     world.values[entity.fact(attribute)] = value
@@ -111,11 +114,11 @@ def _draw_attributes(rng: random.Random, world: World) -> None:
 def _draw_relations(rng: random.Random, world: World) -> None:
     for kind, relations in RELATIONS.items():
         for relation, target_kind in relations.items():
-            for split in SPLIT_SHARES:
+            for split in SPLITS:
                 members = world.of(kind, split)
                 # Practice relations reach into every split: pretraining may exercise any second hop.
                 pool = world.entities[target_kind] if split == "practice" else world.of(target_kind, split)
-                targets = _balanced(rng, rng.sample(pool, len(pool)), len(members))
+                targets = _balanced(rng, pool, len(members))
                 for entity, target in zip(members, targets, strict=True):
                     world.values[entity.fact(relation)] = target
 

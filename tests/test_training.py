@@ -157,7 +157,7 @@ def test_rates_warm_up_linearly_then_follow_a_cosine_to_zero(tmp_path):
 
 
 def test_history_shows_the_ramp_of_lambda1(tmp_path):
-    trainer = trained(tmp_path, max_steps=8, training={"lambda1": 5.0})
+    trainer = trained(tmp_path, max_steps=8, training={"lambda1": 5.0, "lambda2": 2.0})
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "ce" in entry]
     assert [entry["step"] for entry in history] == list(range(1, 9))

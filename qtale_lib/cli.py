@@ -234,7 +234,7 @@ def pretrain(
     directory: Annotated[Path | None, typer.Option(help="Where to, if not over the shipped base.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
-    """Pretrain the embedded base model anew; takes hours."""
+    """Pretrain the embedded base model anew; takes half an hour or more."""
     if load_profile(profile).base != "microworld":
         raise UserError(
             f"Profile {profile} does not use the embedded base; only that one is pretrained here."

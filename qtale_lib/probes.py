@@ -125,8 +125,8 @@ class ProbeCallback(TrainerCallback):
         self.seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        """Epoch 0: the routers as they start."""
-        if state.global_step == 0:
+        """Epoch 0, or the epoch a checkpoint ends on: the checkpoint is written before that epoch's probe."""
+        if (state.epoch or 0) % 1 == 0:
             self._probe(state, model)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:

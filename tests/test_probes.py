@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small_run import llama, profile, rows
+from transformers import TrainerState
 
 from qtale_lib.adaptive import add_routers, record_routes, routing_state, set_threshold
 from qtale_lib.probes import ProbeCallback, probe_routes
@@ -115,6 +116,14 @@ def test_probes_come_before_training_and_after_every_epoch_and_change_nothing(tm
     assert probes[0]["gap"] != probes[-1]["gap"]
     pairs = zip(plain.model.parameters(), probed.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize(("epoch", "probed"), [(0, [0]), (1.5, []), (2.0, [2])])
+def test_a_run_that_goes_on_from_the_end_of_an_epoch_probes_it(model, epoch, probed):
+    """A checkpoint is written before the probe of the epoch that it ends."""
+    state = TrainerState(epoch=epoch, global_step=int(2 * epoch))
+    ProbeCallback(ROWS, 8, 0).on_train_begin(None, state, None, model=model)
+    assert [entry["probe"]["epoch"] for entry in state.log_history] == probed
 
 
 class Pad:

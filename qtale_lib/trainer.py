@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 
+from qtale_lib import checkpoints
 from qtale_lib.adaptive import record_routes
 from qtale_lib.data.encoding import IGNORED
 from qtale_lib.errors import UserError
@@ -192,7 +195,12 @@ class RoutedTrainer(Trainer):
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each term since the last logged step, and λ1, to Trainer's own entry."""
+        """Adds the mean of each term since the last logged step, and λ1, to Trainer's own entry.
+
+        Trainer's closing summary goes: after a restart it is of the remaining steps only.
+        """
+        if "train_runtime" in logs:
+            logs = {}
         steps = max(self.state.global_step - self._summed_from, 1)
         logs = {**logs, **{name: float(value) / steps for name, value in self._sums.items()}}
         self._sums, self._summed_from = {}, self.state.global_step
@@ -210,14 +218,37 @@ class RoutedTrainer(Trainer):
         """Nothing is clipped (D-LLM), and an unused norm over all gradients costs milliseconds a step."""
         return None
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Safetensors and JSON where Trainer pickles; none at the last step, as the model is saved next."""
+        if self.state.global_step >= self.state.max_steps:
+            return
+        directory = checkpoints.begin(Path(self.args.output_dir), self.state.global_step)
+        self._save(str(directory))
+        checkpoints.save_optimizer(directory, self.optimizer, self.lr_scheduler)
+        checkpoints.save_generators(directory)
+        checkpoints.save_sums(directory, {**self._sums, "loss": self._tr_loss}, self._summed_from)
+        self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
+        checkpoints.finish(directory)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A checkpoint holds LoRA and routers together; peft's own saving would leave the routers out."""
         os.makedirs(output_dir, exist_ok=True)
         save_file(trainable_state(self.model), os.path.join(output_dir, TRAINABLE_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._summed_from = self.state.global_step
         load_trainable(model or self.model, os.path.join(resume_from_checkpoint, TRAINABLE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's last call before the first step; the sums come here because it zeroes its own before."""
+        if checkpoint is not None:
+            checkpoints.load_generators(Path(checkpoint))
+            self._sums, self._summed_from = checkpoints.load_sums(Path(checkpoint), self.args.device)
+            self._tr_loss = self._sums.pop("loss")
+            self._globalstep_last_logged = self._summed_from
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

@@ -23,10 +23,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from qtale_lib.adaptive import RouterConfig, add_routers, save_routed
 from qtale_lib.base import load_base
+from qtale_lib.checkpoints import last_complete
 from qtale_lib.data import Example, load_task, subset
 from qtale_lib.data.encoding import collate, encode_all
 from qtale_lib.errors import UserError
@@ -157,7 +157,6 @@ def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -
         logging_nan_inf_filter=False,
         save_strategy="steps" if recipe.save_steps else "no",
         save_steps=recipe.save_steps or 500,
-        save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
     )
@@ -170,8 +169,8 @@ def planned_steps(recipe: Any, rows: int, max_steps: int | None) -> int:
 
 
 def _last_checkpoint(directory: Path) -> str | None:
-    folder = directory / CHECKPOINTS
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = last_complete(directory / CHECKPOINTS)
+    return str(checkpoint) if checkpoint else None
 
 
 def _outcome(trainer: RoutedTrainer, counts: dict[str, int]) -> dict[str, Any]:

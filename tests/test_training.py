@@ -197,30 +197,6 @@ def test_training_is_reproducible_and_depends_on_the_seed(tmp_path):
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint_as_if_nothing_had_been(tmp_path):
-    class Killed(Exception):
-        pass
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step == 5:
-                raise Killed
-
-    def final(trainer, resume=None):
-        trainer.train(resume_from_checkpoint=resume)
-        return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-
-    changes = {"max_steps": 8, "training": {"save_steps": 4}, "lora": {"dropout": 0.05}}
-    whole = final(trained(tmp_path / "whole", **changes))
-    with pytest.raises(Killed):
-        trained(tmp_path / "cut", callbacks=[Kill()], **changes).train()
-    checkpoint = tmp_path / "cut" / "checkpoints" / "checkpoint-4"
-    resumed = trained(tmp_path / "cut", **changes)
-    after = final(resumed, str(checkpoint))
-    assert all(torch.equal(whole[name], after[name]) for name in whole)
-    assert [e["step"] for e in resumed.state.log_history if "ce" in e] == list(range(1, 9))
-
-
 def test_finetune_leaves_a_model_that_loads_and_a_record(tmp_path):
     base = save_base(tmp_path / "base")
     settings = profile(base, overlong="drop", max_length=40)

@@ -84,6 +84,14 @@ def routing_state(model: nn.Module) -> RoutingState:
     return state
 
 
+def reserved_tokens(model: nn.Module) -> int:
+    """How many first tokens of a sequence always run; without routers, as many as routers would leave by
+    default, so that ratios of both are over the same tokens.
+    """
+    state = _state_or_none(model)
+    return (RouterConfig() if state is None else state.config).always_run_tokens
+
+
 def set_threshold(model: nn.Module, theta: float) -> None:
     """Set the execution threshold θ of evaluation mode (Sec. 3.4, Eq. 9): 0.5 is arg max, 0 runs everything.
 

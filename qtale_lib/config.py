@@ -126,11 +126,15 @@ class Routing(Section):
     """Routers: width of the hidden layer (null: d / 8), and how many first layers and tokens always run.
 
     At least one of each: the first layer tells the cache its length, and a query needs a key to attend to.
+    max_pull: bound on an evicted key's weight in its gate's gradient (see `RouterConfig`).
     """
 
     hidden: CountOrNull
     always_run_layers: Count
     always_run_tokens: Count
+    max_pull: Annotated[
+        float, Field(strict=True, ge=1, allow_inf_nan=False, description="a number of at least 1")
+    ]
 
 
 class Quantization(Section):

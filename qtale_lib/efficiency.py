@@ -93,7 +93,7 @@ def model_bytes(
     """Bytes of a model as it would be packed: by part, and "total".
 
     Parts: "codes" and "groups" (steps in 16 bits, zero points in `bits`) of decoder linears, "norms" (with
-    biases), "embedding", "lm_head" (nothing if tied and in 16 bits) and "routers" (in 16 bits).
+    biases), "embedding", "lm_head" (nothing if tied and in 16 bits) and "routers" (float32, as they run).
 
     Raises:
         UserError: if `group_size` (-1 is a whole row) does not divide a layer's width.
@@ -108,7 +108,7 @@ def model_bytes(
         "norms": 16 * (layers * _layer_vector_weights(config) + d),
         "embedding": 16 * vocabulary * d,
         "lm_head": 0 if tied else head,
-        "routers": 16 * _routed_layers(config, routers) * _router_weights(config, routers),
+        "routers": 32 * _routed_layers(config, routers) * _router_weights(config, routers),
     }
     parts = {name: count / 8 for name, count in parts.items()}
     return {**parts, "total": sum(parts.values())}

@@ -17,7 +17,7 @@ KEYS = ["bits", "method", "group"]
 CELLS = ["R", "spread", "runs", "bytes", "layers", "routers", "lm_head", "relative", "with_routers"]
 NOTES = (
     "Size: codes, steps (16 bit) and zero points of the decoder linears, embedding, norms and lm_head as "
-    "they would be packed, routers in 16 bit.",
+    "they would be packed, routers in float32.",
     "FLOPs per token: 2 x multiply-accumulates of the decoder layers x R, the executed share measured in "
     "the same passes as the accuracy; in brackets relative to Full. Routers and lm_head (MFLOP per token), "
     "which the paper does not count, stand apart.",

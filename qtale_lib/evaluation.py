@@ -3,7 +3,8 @@
 A question's answer is the choice whose text is likeliest after the prompt (summed log-likelihood). Sequences
 are fed without their last token, sorted by length, padded on the right under an attention mask; choices that
 differ in their last token only share one sequence. Padding never counts. R_avg is over all tokens fed, loss-R
-over those that the rate loss would see (losses.counted_tokens).
+over those that the rate loss would see (losses.counted_tokens): it leaves out a sequence's last token, which
+is not fed here at all.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from qtale_lib.adaptive import record_routes
+from qtale_lib.adaptive import record_routes, reserved_tokens
 from qtale_lib.data.encoding import Pair, encode_pairs, fit_all, pad_right, response_pairs
 from qtale_lib.data.prompts import render
 from qtale_lib.data.schema import Example
@@ -56,12 +57,12 @@ class ExecutionCount:
     counted_pairs: int = 0
     tokens: int = 0
 
-    def add(self, executed: Tensor | None, valid: Tensor) -> None:
+    def add(self, executed: Tensor | None, valid: Tensor, reserved: int) -> None:
         """executed: bool [L, B, T], or None for a model without routers; valid: bool [B, T], False on
-        padding.
+        padding; reserved: how many first tokens always run.
         """
         executed = valid.new_ones(1, *valid.shape) if executed is None else executed
-        counted, layers = counted_tokens(valid), executed.shape[0]
+        counted, layers = counted_tokens(valid, reserved, whole=False), executed.shape[0]
         self.executed += int((executed & valid).sum())
         self.counted_executed += int((executed & counted).sum())
         self.pairs += layers * int(valid.sum())
@@ -114,7 +115,7 @@ def _score_batch(
     device = model.get_input_embeddings().weight.device
     valid = pad_right([[True] * len(ids) for ids in fed], False).to(device)
     hidden, executed = _hidden_states(model, pad_right(fed, 0).to(device), valid)
-    scores.count.add(executed, valid)
+    scores.count.add(executed, valid, reserved_tokens(model))
     starts = [min(len(pairs[index][0]) for index in indices) - 1 for indices in members]
     needed = torch.cat(
         [hidden[row, start : len(ids)] for row, (start, ids) in enumerate(zip(starts, fed, strict=True))]
@@ -264,6 +265,24 @@ def fitting_choices(
     if not kept:
         raise UserError(f"None of the {len(examples)} questions fits {max_length} tokens; raise max_length.")
     return [example for example, _ in kept], [own for _, own in kept], rows
+
+
+def rows_that_fit(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    style: str,
+    max_length: int,
+    overlong: str,
+) -> dict[str, Any]:
+    """{"ids", "rows"}: which examples evaluate_choices (or, without choices, perplexity) would score, and how
+    many {used, dropped, cut}.
+    """
+    if any(example.choices for example in examples):
+        kept, _, rows = fitting_choices(examples, tokenizer, style, max_length, overlong)
+    else:
+        pairs, rows = fit_all(response_pairs(examples, tokenizer, style), tokenizer, max_length, overlong)
+        kept = [example for example, pair in zip(examples, pairs, strict=True) if pair is not None]
+    return {"ids": [example.id for example in kept], "rows": rows}
 
 
 def _lm_eval(adapter: ChoiceModel, examples: Sequence[Example], task: str, style: str) -> dict[str, Any]:

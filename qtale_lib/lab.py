@@ -18,7 +18,7 @@ import pandas as pd
 from qtale_lib import jobs
 from qtale_lib.base import base_facts, check_group_size, file_stamp
 from qtale_lib.config import Profile, load_profile
-from qtale_lib.data import Example, data_hash, load_task, subset
+from qtale_lib.data import Example, Loaded, data_hash, read_task, subset
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, expected_seconds
 from qtale_lib.pool import Outcome, Task, run_tasks, worker_slots
@@ -27,10 +27,16 @@ from qtale_lib.provenance import ROOT, Stopwatch
 from qtale_lib.store import Store, digest, read_json, write_json
 
 # Raised by hand when a stage's code comes to give other numbers from the same settings.
-STAGE_VERSIONS = {"finetune": 2, "quantization": 1, "threshold": 1, "evaluation": 1}
+STAGE_VERSIONS = {"finetune": 3, "quantization": 1, "threshold": 2, "evaluation": 2}
 ENCODING = ("prompt", "max_length", "overlong", "dtype")
 FINETUNING = (*ENCODING, "max_steps", "training", "lora", "routing", "probes")
 QUANTIZING = ("quantization", "group_size")
+SPLITS_READ = {
+    "finetune": ("train",),
+    "quantization": ("train",),
+    "threshold": ("calibration",),
+    "evaluation": ("test",),
+}
 READ_ONLY = "QTALE_READ_ONLY"
 BYTES = {"float32": 4, "bfloat16": 2}
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
@@ -57,9 +63,9 @@ class Lab:
         self.directory = (root or results_root()) / self.profile.name
         self.tables, self.figures = self.directory / "tables", figures_root() / self.profile.name
         self.store = Store(self.directory / "store")
-        self._examples = functools.cache(self._load_examples)
+        self._loaded = functools.cache(self._load)
         self._found: dict[tuple[str, str, str], dict[str, Any]] = {}
-        self._data_hash = functools.cache(lambda task, split: data_hash(self._examples(task, split)))
+        self._data_hash = functools.cache(lambda task, split: data_hash(self.examples(task, split)))
 
     # What results are made from.
 
@@ -78,9 +84,15 @@ class Lab:
 
     def examples(self, task: str, split: str) -> list[Example]:
         """The examples of a split that this profile uses."""
-        return self._examples(task, split)
+        return self._loaded(task, split).examples
 
-    def _load_examples(self, task: str, split: str) -> list[Example]:
+    def source(self, task: str, split: str) -> dict[str, Any]:
+        """Where they come from: file, sha256, rows, notes, and the seed by which rows were cut, if so."""
+        source = dict(self._loaded(task, split).source)
+        cuts = source.pop("cuts", None)  # the seed and the file give the indices again
+        return {**source, **({"cut_seed": cuts["seed"]} if cuts else {})}
+
+    def _load(self, task: str, split: str) -> Loaded:
         profile = self.profile
         limits = {
             "train": [profile.limit.train],
@@ -88,7 +100,8 @@ class Lab:
             "test": [profile.limit.test],
         }
         given = [limit for limit in limits[split] if limit is not None]
-        return subset(load_task(task, split, profile.data_dir), min(given, default=None))
+        loaded = read_task(task, split, profile.data_dir)
+        return Loaded(subset(loaded.examples, min(given, default=None)), loaded.source)
 
     def settings(self, kind: str, spec: Spec) -> dict[str, Any]:
         """The part of the profile that a result depends on, and nothing else of it."""
@@ -215,6 +228,7 @@ class Lab:
             profile_digest=self.profile.digest(),
             base_hash=self.base()["sha256"],
             made_from=self.made_from(kind, spec),
+            data={split: self.source(spec["task"], split) for split in SPLITS_READ[kind]},
         )
         value = compute(self.store.files(*address))
         return self.store.put(

@@ -7,19 +7,21 @@ import torch
 from torch import Tensor
 
 
-def counted_tokens(valid: Tensor, reserved: int = 2) -> Tensor:
+def counted_tokens(valid: Tensor, reserved: int, whole: bool = True) -> Tensor:
     """The tokens that the rate and entropy losses see (D-LLM).
 
     Left out: padding, the first `reserved` tokens and the last token of each sequence.
 
     Args:
         valid: bool [B, T], False on padding (left or right).
+        reserved: how many first tokens of a sequence always run (`RouterConfig.always_run_tokens`).
+        whole: whether the sequences hold their last token; scored ones are fed without it.
     Returns:
         bool [B, T].
     """
     index = valid.cumsum(-1) - 1
-    last = valid.sum(-1, keepdim=True) - 1
-    return valid & (index >= reserved) & (index < last)
+    end = valid.sum(-1, keepdim=True) - int(whole)
+    return valid & (index >= reserved) & (index < end)
 
 
 def rate_loss(

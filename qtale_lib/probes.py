@@ -72,7 +72,7 @@ def _observe(model: nn.Module, rows: Rows, batch_size: int) -> tuple[Tensor, Ten
         valid = routes.valid
         decided = valid & (valid.cumsum(-1) > reserved)
         executed.append(routes.executed[:, valid].cpu())
-        counted.append(counted_tokens(valid)[valid].cpu())
+        counted.append(counted_tokens(valid, reserved)[valid].cpu())
         logits.append(routes.logits[:, decided].float().cpu())
     return torch.cat(executed, 1), torch.cat(counted), torch.cat(logits, 1)
 

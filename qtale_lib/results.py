@@ -203,14 +203,15 @@ def _changes(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def rows_table(store: Measurements) -> Table:
-    """How many training rows and test questions were used, and how many over-long ones left out or cut."""
-    frame = pd.DataFrame([*_train_rows(store), *_test_rows(store)], columns=["task", "split", *ROWS, "facts"])
+    """How many rows of each split were used, and how many over-long ones left out or cut."""
+    rows = [*_train_rows(store), *_search_rows(store), *_test_rows(store)]
+    frame = pd.DataFrame(rows, columns=["task", "split", *ROWS, "facts"])
     text = frame.map(
         lambda value: "–" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
     )
     text["task"] = frame.task.map(paper.TASK_LABELS)
     notes = ("Dropped, cut: too long for the profile's max_length. Facts: distinct facts asked for.",)
-    return Table("rows", "Training rows and test questions", text, frame, ("task", "split"), notes)
+    return Table("rows", "Rows by split", text, frame, ("task", "split"), notes)
 
 
 ROWS = ("used", "dropped", "cut")
@@ -222,6 +223,18 @@ def _train_rows(store: Measurements) -> list[dict[str, Any]]:
     specs = [{"task": run.task, "method": run.method, "seed": run.seed} for run in runs.itertuples()]
     values = [store.lab.result("finetune", **spec)["value"] for spec in specs]
     return [{"task": s["task"], "split": "train", **v["rows"]} for s, v in zip(specs, values, strict=True)]
+
+
+def _search_rows(store: Measurements) -> list[dict[str, Any]]:
+    specs = store.lab.thresholds()
+    if specs.empty:
+        return []
+    specs = specs.drop_duplicates("task")[["task", "method", "seed", "bits"]].to_dict("records")
+    values = [store.lab.result("threshold", **spec)["value"] for spec in specs]
+    return [
+        {"task": spec["task"], "split": "θ search", **value["rows"]}
+        for spec, value in zip(specs, values, strict=True)
+    ]
 
 
 def _test_rows(store: Measurements) -> list[dict[str, Any]]:

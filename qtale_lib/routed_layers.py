@@ -34,10 +34,11 @@ class RouterConfig:
     tau: Gumbel-Softmax temperature in training.
     bypass_bias, execute_bias: start of the last bias.
     max_pull: how much stronger than the strongest kept key an evicted key may count in the gradient of its
-        own gate, in training. That gradient is the slope at eviction, e^score over the sum of the kept keys';
-        where attention is sharp it is thousands of times what keeping the key can change, and then routers
-        hear nothing of the rate loss: with the 1e6 that D-LLM's 1e-6 allows, the embedded model's execution
-        ratio stayed near 0.9; with 1, the most that a kept key can weigh, it meets its target.
+        own gate, in training; 1e6 is what the 1e-6 in D-LLM's renormalisation allows. That gradient is the
+        slope at eviction, e^score over the sum of the kept keys'; where attention is sharp it is thousands of
+        times what keeping the key can change, and then routers hear nothing of the rate loss: the embedded
+        model's execution ratio stayed near 0.9. With 1, the most that a kept key can weigh, it meets its
+        target; its profile says so.
     """
 
     hidden: int | None = None
@@ -46,7 +47,7 @@ class RouterConfig:
     tau: float = 1.0
     bypass_bias: float = 0.1
     execute_bias: float = 2.0
-    max_pull: float = 1.0
+    max_pull: float = 1e6
 
     def __post_init__(self):
         for name, least in (("hidden", 1), ("always_run_layers", 0), ("always_run_tokens", 1)):

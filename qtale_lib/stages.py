@@ -23,7 +23,7 @@ from qtale_lib.base import base_directory, device, load_tokenizer
 from qtale_lib.calibration import search_threshold
 from qtale_lib.data import subset
 from qtale_lib.data.prompts import render
-from qtale_lib.evaluation import evaluate_choices, perplexity
+from qtale_lib.evaluation import evaluate_choices, perplexity, rows_that_fit
 from qtale_lib.jobs import RULES, Job, Run
 from qtale_lib.lab import Lab, Spec, run_spec
 from qtale_lib.quantization import apply_search, quantize, save_search
@@ -135,18 +135,23 @@ def calibration_texts(lab: Lab, task: str) -> list[str]:
 def find_threshold(
     lab: Lab, spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """The two-phase search of Sec. 3.4 on the calibration questions: theta, both curves, tolerance."""
+    """The two-phase search of Sec. 3.4 on the calibration questions: theta, both curves, tolerance; and which
+    questions (ids, rows {used, dropped, cut}).
+    """
     steps = lab.profile.calibration
+    examples = lab.examples(spec["task"], "calibration")
     search = search_threshold(
         model,
         tokenizer,
-        lab.examples(spec["task"], "calibration"),
+        examples,
         coarse_step=steps.coarse_step,
         fine_step=steps.fine_step,
         tolerance=steps.tolerance,
         **fitting(lab),
     )
-    return search.as_dict()
+    settings = fitting(lab)
+    del settings["batch_size"]
+    return {**search.as_dict(), **rows_that_fit(examples, tokenizer, **settings)}
 
 
 def _evaluate(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:

@@ -22,8 +22,9 @@ MINIMAL_TASKS = 3
 RULE = (
     "Shown: the 95 % interval lies wholly within the claimed range. Not testable here: nothing was run for "
     f"it, the fine-tunings are too few to know their spread (fewer than 2 seeds and than {MINIMAL_TASKS} "
-    f"tasks), or the smallest effect found with {POWER:.0%} power exceeds the effect that the paper prints. "
-    "Otherwise, and always when the interval lies wholly outside the claimed range: not shown."
+    "tasks), or the interval reaches out of the claimed range while the smallest effect found with "
+    f"{POWER:.0%} power exceeds the one that the paper prints (where it prints none, the range alone "
+    "decides). Otherwise: not shown."
 )
 
 

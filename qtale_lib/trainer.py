@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qtale_lib import checkpoints
-from qtale_lib.adaptive import record_routes
+from qtale_lib.adaptive import record_routes, reserved_tokens
 from qtale_lib.data.encoding import IGNORED
 from qtale_lib.errors import UserError
 from qtale_lib.losses import counted_tokens, entropy_loss, lambda1_at, rate_loss, total_loss
@@ -134,6 +134,7 @@ class RoutedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.objective = objective
         self.router_lr = router_lr
+        self._reserved = reserved_tokens(self.model)
         self._sums: dict[str, Tensor] = {}
         self._summed_from = 0
 
@@ -153,8 +154,12 @@ class RoutedTrainer(Trainer):
         """The micro-batches of one optimizer step and their token counts."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         response = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
-        rated = sum(counted_tokens(batch["attention_mask"].bool()).sum() for batch in batches)
+        rated = sum(self._rated(batch).sum() for batch in batches)
         return batches, TokenCounts(response.to(device), rated.clamp_min(1).to(device))
+
+    def _rated(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The tokens that the routing losses average over, bool [B, T]."""
+        return counted_tokens(inputs["attention_mask"].bool(), self._reserved)
 
     def compute_loss(
         self,
@@ -181,7 +186,7 @@ class RoutedTrainer(Trainer):
         aim = self.objective
         with record_routes(model) as routes:
             ce = response_loss(model, **inputs) / counts.response
-        rated = counted_tokens(inputs["attention_mask"].bool())  # [B, T]
+        rated = self._rated(inputs)  # [B, T]
         share = rated.sum() / counts.rated
         rate = rate_loss(routes.gates, rated, aim.rate_target, aim.rate_kind) * share
         entropy = entropy_loss(routes.soft, rated) * share

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from qtale_lib.config import Profile
 
 LOGGED_POINTS = 100
+PROBED_SHARE = 0.45  # of an epoch's rows
 CHECKPOINTS = "checkpoints"
 
 
@@ -63,7 +64,7 @@ def finetune(
         examples = subset(load_task(task, "train", profile.data_dir), profile.limit.train)
     rows, counts = train_rows(profile, task, examples, tokenizer)
     model = prepare_model(model, profile, method, seed)
-    probe = ProbeCallback(rows[: profile.probes.samples], profile.training.eval_batch_size, seed)
+    probe = ProbeCallback(probed(rows, profile.probes.samples), profile.training.eval_batch_size, seed)
     callbacks = [probe] if method != "full" else []
     if progress:
         callbacks.append(ProgressCallback(progress))
@@ -88,6 +89,13 @@ def train_rows(
     return rows, counts
 
 
+def probed(rows: list[dict[str, list[int]]], samples: int) -> list[dict[str, list[int]]]:
+    """The first training rows, as many as the profile says, but no more than keeps probes a small part of the
+    training time: a probe after every epoch is a third of a training step's work on each of its rows.
+    """
+    return rows[: min(samples, max(1, int(PROBED_SHARE * len(rows))))]
+
+
 def prepare_model(model: PreTrainedModel, profile: Profile, method: str, seed: int) -> PeftModel:
     """The base with routers (not for "full") and LoRA; LoRA starts equal for all methods of a seed."""
     if method != "full":
@@ -100,6 +108,7 @@ def prepare_model(model: PreTrainedModel, profile: Profile, method: str, seed: i
                 always_run_layers=routing.always_run_layers,
                 always_run_tokens=routing.always_run_tokens,
                 tau=profile.training.tau,
+                max_pull=routing.max_pull,
             ),
         )
     set_seed(seed)

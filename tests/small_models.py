@@ -75,10 +75,10 @@ def responses(count: int, seed: int = 0) -> list[Example]:
     ]
 
 
-def routed_llama(seed: int = 0) -> LlamaForCausalLM:
+def routed_llama(seed: int = 0, reserved: int = 2) -> LlamaForCausalLM:
     """A random routed model whose routers pass and block in about equal parts."""
     model = tiny_llama(len(TOKENIZER), layers=5, seed=seed)
-    add_routers(model, RouterConfig(bypass_bias=0.0, execute_bias=0.0)).eval()
+    add_routers(model, RouterConfig(bypass_bias=0.0, execute_bias=0.0, always_run_tokens=reserved)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".router." in name and parameter.ndim > 1:

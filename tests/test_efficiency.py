@@ -63,7 +63,7 @@ def test_reference_shapes_are_those_of_real_modules(name):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_NAMES)
-def test_bytes_in_16_bits_are_two_for_each_parameter(config):
+def test_bytes_in_16_bits_are_two_for_each_parameter_but_the_routers(config):
     model = on_meta(config)
     parts = model_bytes(config)
     assert parts["total"] == 2 * sum(p.numel() for p in model.parameters())
@@ -71,7 +71,9 @@ def test_bytes_in_16_bits_are_two_for_each_parameter(config):
     assert parts["groups"] == parts["routers"] == 0
     routers = RouterConfig(hidden=6, always_run_layers=1)
     add_routers(model, routers)
-    assert model_bytes(config, routers=routers)["total"] == 2 * sum(p.numel() for p in model.parameters())
+    of_routers = sum(p.numel() for name, p in model.named_parameters() if ".router." in name)
+    assert of_routers and model_bytes(config, routers=routers)["routers"] == 4 * of_routers  # float32
+    assert model_bytes(config, routers=routers)["total"] == parts["total"] + 4 * of_routers
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=CONFIG_NAMES)

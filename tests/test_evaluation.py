@@ -25,11 +25,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtale_lib.adaptive import record_routes, set_threshold
 from qtale_lib.config import TASKS
-from qtale_lib.data.encoding import IGNORED, encode
+from qtale_lib.data.encoding import IGNORED, encode, encode_all
 from qtale_lib.data.prompts import render
 from qtale_lib.data.schema import Example
 from qtale_lib.errors import UserError
 from qtale_lib.evaluation import TASKS_FOLDER, evaluate_choices, perplexity, ratio_stderr, score
+from qtale_lib.probes import probe_routes
 
 MODELS = os.environ.get("QTALE_TEST_MODELS")
 
@@ -71,17 +72,14 @@ def test_choices_agree_with_one_forward_pass_per_choice(model):
 
 
 def counted_by_hand(model, sequences: set[tuple[int, ...]]) -> dict[str, float]:
-    """Ratios from one unpadded pass per sequence; the loss's tokens: not the first 2, not the last."""
+    """Ratios from one unpadded pass per sequence; the loss sees all but the first 2 (the last is not fed)."""
     executed = pairs = loss_executed = loss_pairs = 0
     for ids in sequences:
         with torch.no_grad(), record_routes(model) as routes:
             model(input_ids=torch.tensor([ids]))
         kept = routes.executed[:, 0].int()  # [L, T]
         executed, pairs = executed + int(kept.sum()), pairs + kept.numel()
-        loss_executed, loss_pairs = (
-            loss_executed + int(kept[:, 2:-1].sum()),
-            loss_pairs + kept[:, 2:-1].numel(),
-        )
+        loss_executed, loss_pairs = loss_executed + int(kept[:, 2:].sum()), loss_pairs + kept[:, 2:].numel()
     tokens = sum(map(len, sequences))
     return {"execution_ratio": executed / pairs, "loss_ratio": loss_executed / loss_pairs, "tokens": tokens}
 
@@ -101,6 +99,18 @@ def test_ratios_count_every_token_fed_once_and_no_padding():
     )
     assert {name: result[name] for name in expected} == pytest.approx(expected)
     assert 0.4 < result["loss_ratio"] < result["execution_ratio"] < 0.95
+
+
+@pytest.mark.parametrize("reserved", [1, 2, 4])
+def test_loss_ratio_is_over_the_tokens_that_training_rates(reserved):
+    """Perplexity feeds what a probe of the same rows feeds, but for the last token, which is not rated."""
+    model, rows = routed_llama(reserved=reserved), responses(9, 0)
+    set_threshold(model, 0.5)
+    encoded, _ = encode_all(rows, TOKENIZER)
+    probe = probe_routes(model, encoded, batch_size=4, seed=0, epoch=0)
+    result = perplexity(model, TOKENIZER, rows)
+    assert result["loss_ratio"] == pytest.approx(probe["loss_ratio"])
+    assert 0.1 < result["loss_ratio"] < 0.95
 
 
 def test_a_model_without_routers_executes_everything():

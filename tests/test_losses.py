@@ -32,6 +32,10 @@ def test_counted_tokens_leave_out_padding_first_and_last(lengths, reserved):
     valid = padded(lengths)
     found = {tuple(pair) for pair in counted_tokens(valid, reserved).nonzero().tolist()}
     assert found == set(counted_by_hand(valid, reserved))
+    scored = {tuple(pair) for pair in counted_tokens(valid, reserved, whole=False).nonzero().tolist()}
+    assert scored == {
+        at for at in map(tuple, valid.nonzero().tolist()) if valid[at[0], : at[1]].sum() >= reserved
+    }
 
 
 @given(LENGTHS, st.integers(0, 1000), st.floats(0.1, 0.9))
@@ -43,7 +47,7 @@ def test_rate_losses_are_the_code_and_the_paper(lengths, seed, target):
     rates = [sum(gates[layer, b, t].item() for layer in range(5)) / 5 for b, t in counted_by_hand(valid, 2)]
     per_token = sum(abs(rate - target) for rate in rates) / len(rates) if rates else 0.0
     mean = abs(sum(rates) / len(rates) - target) if rates else 0.0
-    counted = counted_tokens(valid)
+    counted = counted_tokens(valid, 2)
     assert rate_loss(gates, counted, target).item() == pytest.approx(per_token, abs=1e-7)
     assert rate_loss(gates, counted, target, "mean").item() == pytest.approx(mean, abs=1e-7)
 
@@ -60,7 +64,7 @@ def test_the_two_rate_losses_differ_where_tokens_do():
 def test_always_run_layers_count_as_executed():
     gates = torch.zeros(4, 1, 6)
     gates[:2] = 1
-    assert rate_loss(gates, counted_tokens(torch.ones(1, 6).bool()), 0.5) == 0
+    assert rate_loss(gates, counted_tokens(torch.ones(1, 6).bool(), 2), 0.5) == 0
 
 
 def test_entropy_is_equation_7():
@@ -73,7 +77,7 @@ def test_entropy_is_equation_7():
             total -= sum(p * math.log(p) for p in soft[layer, b, t].tolist())
             n += 1
     assert n > 0
-    assert entropy_loss(soft, counted_tokens(valid)).item() == pytest.approx(total / n)
+    assert entropy_loss(soft, counted_tokens(valid, 2)).item() == pytest.approx(total / n)
 
 
 def test_entropy_is_at_most_log_2_and_finite_where_a_sample_is_certain():
@@ -89,7 +93,7 @@ def test_entropy_is_at_most_log_2_and_finite_where_a_sample_is_certain():
 
 def test_no_counted_token_gives_zero_with_a_gradient():
     gates = torch.ones(3, 1, 3, requires_grad=True)
-    counted = counted_tokens(torch.ones(1, 3).bool())
+    counted = counted_tokens(torch.ones(1, 3).bool(), 2)
     assert not counted.any()
     for kind in ("mean", "per_token"):
         loss = rate_loss(gates, counted, 0.5, kind)

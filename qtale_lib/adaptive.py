@@ -100,16 +100,16 @@ def set_noise(model: nn.Module, generator: torch.Generator | None) -> None:
 
 
 def set_execution(model: nn.Module, mode: str) -> None:
-    """Choose how evaluation runs: "dense" computes every layer and applies the decisions.
+    """Choose how evaluation runs; routes and results are the same, training is always dense.
 
+    mode: "dense" computes every layer for every token and applies the decisions; "skip" computes a layer for
+        the tokens that execute it only, and caches no keys of others.
     Raises:
-        NotImplementedError: for "skip", which is not there yet.
+        UserError: for another mode, or if the model has no routers.
     """
-    routing_state(model)
-    if mode == "skip":
-        raise NotImplementedError('skipping execution is not there yet: use set_execution(model, "dense")')
-    if mode != "dense":
+    if mode not in ("dense", "skip"):
         raise UserError(f'Execution mode {mode!r} is unknown: use "dense" or "skip".')
+    routing_state(model).skips = mode == "skip"
 
 
 class Routes:

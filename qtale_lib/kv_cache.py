@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from qtale_lib.errors import UserError
 
-FREE = torch.iinfo(torch.int64).max  # position of an empty slot: after every token, so no query sees it
+FREE = 2**62  # position of an empty slot: after every token, so no query sees it; exact as pad's float
 SPARE_SLOTS = 64  # room that a full row gains: decoding then copies old keys once in so many steps
 
 
@@ -215,11 +215,12 @@ def store_executed(cache: Cache, n_layers: int, always_run_layers: int) -> None:
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What a routed model's cache holds, over all layers.
+    """What the cache of skipping execution holds, over all layers.
 
-    tokens, token_bytes: (token, layer) pairs whose keys and values count; they follow the execution ratio.
-    slots, slot_bytes: what is allocated for them. Beside the tokens: padding of the batch, bypassed tokens
-        (dense mode), shorter rows filled up to the longest, and spare slots; all of it is real memory.
+    tokens, token_bytes: (token, layer) pairs that executed, and their keys and values: the execution ratio's
+        share of a full cache.
+    slots, slot_bytes: what is allocated for them, with padding in always-run layers, rows filled up to the
+        longest of their batch, and spare slots: all of it is real memory.
     """
 
     tokens: int = 0
@@ -227,18 +228,21 @@ class CacheSize:
     token_bytes: int = 0
     slot_bytes: int = 0
 
-    def __add__(self, other: "CacheSize") -> "CacheSize":
-        mine, theirs = vars(self), vars(other)
-        return CacheSize(**{name: mine[name] + theirs[name] for name in mine})
-
 
 def cache_size(cache: Cache) -> CacheSize:
-    """Size of the cache that a routed model filled, in tokens times layers and in bytes."""
-    return sum((_layer_size(layer) for layer in cache.layers if layer.is_initialized), CacheSize())
+    """Size of a cache that skipping execution filled.
+
+    Raises:
+        UserError: for another cache.
+    """
+    if not any(isinstance(layer, ExecutedLayer) for layer in cache.layers):
+        raise UserError('Only set_execution(model, "skip") fills a cache with executed tokens alone: use it.')
+    sizes = [_layer_size(layer) for layer in cache.layers if layer.is_initialized]
+    return CacheSize(*map(sum, zip(*sizes, strict=True)))
 
 
-def _layer_size(layer: EvictingLayer | ExecutedLayer) -> CacheSize:
+def _layer_size(layer: EvictingLayer | ExecutedLayer) -> tuple[int, int, int, int]:
     tokens = int((layer.lengths if isinstance(layer, ExecutedLayer) else layer.kept).sum())
     slots = layer.keys.shape[0] * layer.keys.shape[2]
     nbytes = layer.keys.nbytes + layer.values.nbytes
-    return CacheSize(tokens, slots, tokens * nbytes // slots, nbytes)
+    return tokens, slots, tokens * (nbytes // slots), nbytes

@@ -68,7 +68,7 @@ class RoutingState:
         self.config, self.n_layers = config, n_layers
         self.routed_layers = list(range(config.always_run_layers, n_layers))
         self.theta = 0.5
-        self.skips = False
+        self.execution = "auto"
         self.generator: torch.Generator | None = None
         self.recorder: Routes | None = None
 
@@ -222,7 +222,7 @@ def _tracked_cache(decoder: PreTrainedModel, kwargs: dict) -> DynamicCache | Non
     if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
         cache = kwargs["past_key_values"] = DynamicCache()
     state = decoder.routing
-    if cache is not None and state.skips:
+    if cache is not None and state.execution == "skip":
         store_executed(cache, state.n_layers, state.config.always_run_layers)
     elif cache is not None:
         track_evictions(cache, state.n_layers)
@@ -235,7 +235,7 @@ def _skips(decoder: PreTrainedModel, kwargs: dict) -> bool:
     Raises:
         UserError: if attention weights are asked for, which skipping has for some tokens only.
     """
-    skips = decoder.routing.skips and not decoder.training
+    skips = decoder.routing.execution == "skip" and not decoder.training
     asked = kwargs.get("output_attentions")
     if skips and (decoder.config.output_attentions if asked is None else asked):
         raise UserError('Attention weights need every token: call set_execution(model, "dense") first.')

@@ -21,8 +21,16 @@ from test_adaptive import (
 )
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
-from qtale_lib.adaptive import RouterConfig, add_routers, record_routes, set_execution, set_threshold
+from qtale_lib.adaptive import (
+    RouterConfig,
+    add_routers,
+    record_routes,
+    routing_state,
+    set_execution,
+    set_threshold,
+)
 from qtale_lib.errors import UserError
+from qtale_lib.evaluation import score
 from qtale_lib.kv_cache import cache_size
 from qtale_lib.routing import EXECUTE
 
@@ -251,6 +259,21 @@ def test_rows_that_execute_alike_need_no_mask(monkeypatch):
         set_threshold(model, 0.0)
         model(tokens(3))
     assert masks and all(mask is None for mask in masks)
+
+
+@pytest.mark.parametrize("execution", ["auto", "dense", "skip"])
+def test_scoring_skips_unless_told_otherwise(execution):
+    model, pairs = routed_llama(), [([3, 20, 30, 40], [21, 22, 2]), ([5, 6], [7]), ([9, 9, 31], [8, 24])]
+    set_execution(model, "dense")
+    expected, seen = score(model, pairs), count_work(model)
+    set_execution(model, execution)
+    scores = score(model, pairs)
+    assert scores.count == expected.count and scores.greedy == expected.greedy
+    for ours, theirs in zip(scores.log_probabilities, expected.log_probabilities, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    computed = sum(sum(seen[layer, "mlp"]) for layer in range(5))
+    assert computed == (5 * 3 * 6 if execution == "dense" else scores.count.executed + 2 * (18 - 12))
+    assert routing_state(model).execution == execution
 
 
 # --- the cache ----------------------------------------------------------------------------------------------

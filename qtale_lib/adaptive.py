@@ -108,16 +108,31 @@ def set_noise(model: nn.Module, generator: torch.Generator | None) -> None:
 
 
 def set_execution(model: nn.Module, mode: str) -> None:
-    """Choose how evaluation runs: "dense" computes every layer and applies the decisions.
+    """Choose how evaluation runs; routes and results are the same but for rounding, training is always dense.
 
+    mode: "dense" computes every layer for every token and applies the decisions; "skip" computes a layer for
+        the tokens that execute it only, and caches no keys of others; "auto", at first, skips while
+        evaluation.py scores and is dense elsewhere.
     Raises:
-        NotImplementedError: for "skip", which is not there yet.
+        UserError: for another mode, or if the model has no routers.
     """
-    routing_state(model)
-    if mode == "skip":
-        raise NotImplementedError('skipping execution is not there yet: use set_execution(model, "dense")')
-    if mode != "dense":
-        raise UserError(f'Execution mode {mode!r} is unknown: use "dense" or "skip".')
+    if mode not in ("auto", "dense", "skip"):
+        raise UserError(f'Execution mode {mode!r} is unknown: use "auto", "dense" or "skip".')
+    routing_state(model).execution = mode
+
+
+@contextmanager
+def skipping_if_auto(model: nn.Module) -> Iterator[None]:
+    """Skip meanwhile in a model that is left on "auto"; others, and models without routers, stay as set."""
+    state = _state_or_none(model)
+    if state is None or state.execution != "auto":
+        yield
+        return
+    state.execution = "skip"
+    try:
+        yield
+    finally:
+        state.execution = "auto"
 
 
 class Routes:

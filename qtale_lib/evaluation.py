@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from qtale_lib.adaptive import record_routes, reserved_tokens
+from qtale_lib.adaptive import record_routes, reserved_tokens, skipping_if_auto
 from qtale_lib.data.encoding import Pair, encode_pairs, fit_all, pad_right, response_pairs
 from qtale_lib.data.prompts import render
 from qtale_lib.data.schema import Example
@@ -91,7 +91,8 @@ class Scores:
 def score(model: nn.Module, pairs: Sequence[Pair], batch_size: int = BATCH_SIZE) -> Scores:
     """Log-probabilities of every pair's continuation after its prompt, each distinct sequence fed once.
 
-    model: a causal language model, routed or not; it runs in eval mode without gradients.
+    model: a causal language model, routed or not; it runs in eval mode without gradients, and skips layers
+        unless set_execution says otherwise.
     """
     sharing: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, continuation) in enumerate(pairs):
@@ -149,7 +150,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), skipping_if_auto(model):
             yield
     finally:
         model.train(training)

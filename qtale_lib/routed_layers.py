@@ -1,8 +1,9 @@
 """Decoder layers that run where their router says so, and what they share during a forward pass.
 
 QTALE Sec. 3.1 and 3.4, after D-LLM. Each routed layer is an instance of a subclass of its own class, so the
-base model keeps its parameter names. This is the dense execution: every layer is computed for every token,
-then the decisions say what counts. In training they are Gumbel samples, in evaluation the rule of θ.
+base model keeps its parameter names. In dense execution every layer is computed for every token, then the
+decisions say what counts; in training they are Gumbel samples, in evaluation the rule of θ. Evaluation can
+also skip (skipping.py).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from qtale_lib.errors import UserError
 from qtale_lib.gated_attention import gated
-from qtale_lib.kv_cache import track_evictions
+from qtale_lib.kv_cache import store_executed, track_evictions
 from qtale_lib.routing import EXECUTE, Router, decide, gumbel, gumbel_softmax
+from qtale_lib.skipping import Step, run_executed
 
 if TYPE_CHECKING:
     from qtale_lib.adaptive import Routes
@@ -67,6 +69,7 @@ class RoutingState:
         self.config, self.n_layers = config, n_layers
         self.routed_layers = list(range(config.always_run_layers, n_layers))
         self.theta = 0.5
+        self.execution = "auto"
         self.generator: torch.Generator | None = None
         self.recorder: Routes | None = None
 
@@ -77,12 +80,16 @@ class ForwardPass:
     valid: bool [B, T], False on padding.
     reserved: bool [B, T], True on the first tokens of each sequence, and on padding left of them.
     past: number of cached tokens before these.
+    skips: layers compute executed tokens only; positions: int64 [T], their places, padding counted.
     """
 
-    def __init__(self, state: RoutingState, seen: Tensor, past: int, cache: DynamicCache | None):
-        self.state, self.past, self.cache = state, past, cache
+    def __init__(
+        self, state: RoutingState, seen: Tensor, past: int, cache: DynamicCache | None, skips: bool = False
+    ):
+        self.state, self.past, self.cache, self.skips = state, past, cache, skips
         self.valid = seen[:, past:]
         self.reserved = seen.cumsum(1)[:, past:] <= state.config.always_run_tokens
+        self.positions = torch.arange(past, seen.shape[1], device=seen.device) if skips else None
         self.noise: Tensor | None = None
         self.logits, self.gates, self.soft, self.executed = {}, {}, {}, {}
         self._masks = {}
@@ -141,6 +148,8 @@ class RoutedLayer:
         """Hidden states [B, T, d] -> [B, T, d]."""
         layer = self.self_attn.layer_idx
         logits = self.router(hidden_states)
+        if routing.skips:
+            return self._skip(hidden_states, logits, routing, kwargs["position_embeddings"])
         mask = routing.additive_mask(attention_mask, hidden_states)
         if self.training:
             kwargs["max_pull"] = routing.state.config.max_pull
@@ -153,6 +162,19 @@ class RoutedLayer:
         mask = mask.masked_fill(~kept[:, None, None], torch.finfo(mask.dtype).min)
         output = super().forward(hidden_states, attention_mask=mask, **kwargs)
         return torch.where(executed[..., None], output, hidden_states)
+
+    def _skip(
+        self,
+        hidden_states: Tensor,
+        logits: Tensor,
+        routing: ForwardPass,
+        embeddings: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        layer = self.self_attn.layer_idx
+        executed = routing.decide(layer, logits) & routing.valid
+        store = None if routing.cache is None else routing.cache.layers[layer]
+        step = Step(super().forward, self.self_attn, routing.positions, embeddings, store, routing.past)
+        return run_executed(step, hidden_states, executed)
 
     def _run_gated(self, hidden_states: Tensor, gate: Tensor, **kwargs) -> Tensor:
         """b · layer(x) + (1 - b) · x with keys gated by b; both ends of lerp are exact."""
@@ -181,7 +203,10 @@ def start_pass(decoder: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tup
     cache = _no_cache(kwargs) if decoder.training else _tracked_cache(decoder, kwargs)
     past = cache.get_seq_length() if cache is not None else 0
     seen = _seen_tokens(kwargs, past)
-    routing = ForwardPass(decoder.routing, seen, past, cache)
+    routing = ForwardPass(decoder.routing, seen, past, cache, _skips(decoder, kwargs))
+    if routing.skips and cache is not None:
+        for layer in cache.layers[: decoder.routing.config.always_run_layers]:
+            layer.extend(routing.valid)  # for cache_size: their keys are hidden by transformers' mask
     if decoder.routing.recorder is not None:
         decoder.routing.recorder.add(routing)
     return (), kwargs | {"routing": routing}
@@ -197,9 +222,25 @@ def _tracked_cache(decoder: PreTrainedModel, kwargs: dict) -> DynamicCache | Non
     cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
     if cache is None and (decoder.config.use_cache if use_cache is None else use_cache):
         cache = kwargs["past_key_values"] = DynamicCache()
-    if cache is not None:
-        track_evictions(cache, decoder.routing.n_layers)
+    state = decoder.routing
+    if cache is not None and state.execution == "skip":
+        store_executed(cache, state.n_layers, state.config.always_run_layers)
+    elif cache is not None:
+        track_evictions(cache, state.n_layers)
     return cache
+
+
+def _skips(decoder: PreTrainedModel, kwargs: dict) -> bool:
+    """Whether this pass skips: training never does.
+
+    Raises:
+        UserError: if attention weights are asked for, which skipping has for some tokens only.
+    """
+    skips = decoder.routing.execution == "skip" and not decoder.training
+    asked = kwargs.get("output_attentions")
+    if skips and (decoder.config.output_attentions if asked is None else asked):
+        raise UserError('Attention weights need every token: call set_execution(model, "dense") first.')
+    return skips
 
 
 def _seen_tokens(kwargs: dict, past: int) -> Tensor:

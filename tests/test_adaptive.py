@@ -620,8 +620,7 @@ def test_what_cannot_be_routed_is_refused_with_a_sentence():
 
 def test_execution_modes():
     model = make_routed()
-    set_execution(model, "dense")
-    with pytest.raises(NotImplementedError):
-        set_execution(model, "skip")
+    for mode in ("dense", "skip", "auto"):
+        set_execution(model, mode)
     with pytest.raises(UserError, match="sparse"):
         set_execution(model, "sparse")

@@ -1,7 +1,9 @@
 """Figures 1-7, drawn from tidy frames alone: the CSV written beside a figure is the frame it was drawn from.
 
-One style for a paper's column; colours of Okabe and Ito, with markers, dashes or hatches beside the colour so
-that grey prints read as well; fonts embedded; the same frame gives the same bytes.
+Figures 3, 4, 7 and the θ curves are as wide as a paper's column, the others as its page, and no text is
+smaller than 7 points. Colours of Okabe and Ito, with markers, dashes or hatches beside the colour so that
+grey prints read as well; where marks meet, dots lie inside open squares, and crosses reach out of both. Fonts
+are embedded; the same frame gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -22,15 +25,21 @@ from qtale_lib.paper import GROUPS, METHODS, TASK_LABELS
 COLUMN, PAGE = 3.25, 6.75  # inches
 FORMATS = ("pdf", "png", "svg")
 BLACK, ORANGE, SKY, GREEN, BLUE, RED = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
+WHOLE = {"clip_on": False, "zorder": 3}  # marks at a limit lie on the axis, not cut in half by it
+DOT = {"marker": "o", "markersize": 2.8, **WHOLE}
+SQUARE = {"marker": "s", "markersize": 5, "markerfacecolor": "none", "markeredgewidth": 0.9, **WHOLE}
+CROSS = {"marker": "x", "markersize": 5.5, "markeredgewidth": 0.9, **WHOLE}
 LINES = {
-    "dllm": {"color": RED, "linestyle": "-", "marker": "o"},
-    "qtale": {"color": BLUE, "linestyle": "--", "marker": "s"},
+    "dllm": {"color": RED, "linestyle": "-", **DOT},
+    "qtale": {"color": BLUE, "linestyle": "--", **SQUARE},
 }
 RANKED = (
-    {"color": BLACK, "linestyle": "-", "marker": "o"},
-    {"color": RED, "linestyle": "--", "marker": "s"},
-    {"color": BLUE, "linestyle": ":", "marker": "^"},
+    {"color": BLACK, "linestyle": "-", **DOT},
+    {"color": RED, "linestyle": "--", **SQUARE},
+    {"color": BLUE, "linestyle": ":", **CROSS},
 )
+SIXTEEN = {"linestyle": "--", "linewidth": 0.9, **SQUARE, "markersize": 4.5}
+QUANTIZED = {"linestyle": "-", "linewidth": 0.9, **DOT, "markersize": 2.3}
 LOGITS = {
     "execute": {"color": BLUE, "alpha": 0.75},
     "bypass": {"facecolor": "none", "edgecolor": RED, "hatch": "/////"},
@@ -38,17 +47,16 @@ LOGITS = {
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 7,
-    "axes.titlesize": 7.5,
-    "axes.labelsize": 7,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.labelsize": 6.5,
-    "ytick.labelsize": 6.5,
-    "legend.fontsize": 6.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
     "legend.frameon": False,
     "lines.linewidth": 1.1,
-    "lines.markersize": 3.2,
     "hatch.linewidth": 0.5,
     "figure.dpi": 150,
     "savefig.dpi": 300,
@@ -58,6 +66,8 @@ STYLE = {
     "svg.hashsalt": "qtale",
 }
 UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
+BAND = "bands: ± one standard error over questions"
+NO_BAND = "standard error over questions: not recorded"
 NOT_RUN = "not run in this profile"
 
 
@@ -100,7 +110,8 @@ def overview(frame: pd.DataFrame) -> Figure:
     dashed and grey, as fewer tokens execute the layer.
     """
     panels = list(dict.fromkeys(frame.panel))
-    figure, axes = canvas(PAGE, 3.4, 1, len(panels))
+    height = max(2.4, 0.13 * frame.layer.nunique())  # a line of text for every layer
+    figure, axes = canvas(PAGE, 1.0 + height, 1, len(panels))
     for axis, panel in zip(axes[0], panels, strict=True):
         _stack(axis, frame[frame.panel == panel])
     return figure
@@ -109,14 +120,14 @@ def overview(frame: pd.DataFrame) -> Figure:
 def _stack(axis: Axes, frame: pd.DataFrame) -> None:
     first = frame.iloc[0]
     axis.set_title(f"({first.panel}) {first.title}")
-    axis.text(0.5, -0.02, first.note, ha="center", va="top", transform=axis.transAxes, fontsize=6.5)
+    axis.text(0.5, -0.02, first.note, ha="center", va="top", transform=axis.transAxes)
     axis.axis("off")
     layers = frame.dropna(subset=["layer"])
     axis.set(xlim=(-0.12, 1.3), ylim=(-0.2, max(len(layers), 1)))
     for row in layers.itertuples():
         _box(axis, row.layer, row.fill, row.executed)
     if layers.empty:
-        axis.text(0.5, 0.5, NOT_RUN, ha="center", va="center", style="italic", fontsize=6.5)
+        axis.text(0.5, 0.5, NOT_RUN, ha="center", va="center", style="italic")
 
 
 def _box(axis: Axes, layer: float, fill: float, executed: float) -> None:
@@ -125,7 +136,7 @@ def _box(axis: Axes, layer: float, fill: float, executed: float) -> None:
     shade = {"facecolor": BLUE, "alpha": 0.12 + 0.78 * executed, "linewidth": 0}
     axis.add_patch(Rectangle((0, layer), fill, 0.78, **shade))
     axis.add_patch(Rectangle((0, layer), 1, 0.78, fill=False, linewidth=0.8, **outline))
-    axis.text(1.04, layer + 0.39, f"{100 * executed:.0f}", va="center", fontsize=5.5)
+    axis.text(1.04, layer + 0.39, f"{100 * executed:.0f}", va="center")
 
 
 # Figure 2.
@@ -140,7 +151,7 @@ def heatmaps(frame: pd.DataFrame) -> Figure:
         return empty()
     tasks = list(dict.fromkeys(frame.task))
     rows, columns = math.ceil(len(tasks) / 2), min(len(tasks), 2)
-    figure, axes = canvas(PAGE if columns > 1 else COLUMN * 1.3, 0.5 + 1.15 * rows, rows, columns)
+    figure, axes = canvas(PAGE if columns > 1 else COLUMN, 0.5 + 1.15 * rows, rows, columns)
     for axis, task in zip(axes.flat, tasks, strict=False):
         image = _heatmap(axis, frame[frame.task == task])
         axis.set_title(TASK_LABELS[task])
@@ -158,10 +169,10 @@ def _heatmap(axis: Axes, frame: pd.DataFrame):
     axis.set(yticks=range(len(wide)), yticklabels=[f"{epoch:.3g}" for epoch in wide.index])
     axis.set(xlabel="layer", ylabel="epoch")
     axis.spines[:].set_visible(True)
-    if wide.shape[1] <= 16:
+    if wide.shape[1] <= 12:  # else the numbers would touch
         for (row, column), value in np.ndenumerate(wide.to_numpy()):
             ink = "white" if value < 0.55 else "black"
-            axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=ink, fontsize=5.5)
+            axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=ink)
     return image
 
 
@@ -176,42 +187,45 @@ def ratios_and_flips(frame: pd.DataFrame) -> Figure:
     """
     if frame.empty:
         return empty()
-    figure, axes = canvas(PAGE, 2.3, 1, 2)
-    (ratio, flips), layers = axes[0], sorted(frame.layer.unique())
+    figure, axes = canvas(COLUMN, 3.8, 2, 1, sharex=True)
+    (ratio, flips), layers = axes[:, 0], sorted(frame.layer.unique())
     for style, layer in zip(RANKED, layers, strict=False):
         part = frame[frame.layer == layer]
         ratio.plot(part.epoch, 100 * part.ratio, label=f"layer {layer}", **style)
         _flip_lines(flips, part, f"layer {layer}", style)
     ratio.axhline(100 * frame.floor.mean(), color="0.5", linewidth=0.7, label="tokens that always run")
-    ratio.set(xlabel="epoch", ylabel="execution ratio (%)", ylim=(0, 104), title="(a) execution ratio")
-    flips.set(xlabel="epoch", ylabel="decisions flipped (%)")
-    flips.set_title("(b) flips by Gumbel noise: points; mean σ(−|Δ|): lines")
-    flips.set_ylim(bottom=0)
-    for axis in axes[0]:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*ratio.get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    ratio.set(ylabel="execution ratio (%)", ylim=(0, 104), title="(a) execution ratio")
+    flips.set_title("(b) flips by noise; lines: mean σ(−|Δ|)")
+    flips.set_ylabel("decisions flipped (%)")
+    _percent_flipped(flips)
+    figure.legend(*ratio.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
 def flips_compared(frame: pd.DataFrame) -> Figure:
-    """Fig. 7: flip share by epoch, D-LLM against QTALE, one panel per layer.
+    """Fig. 7: flip share by epoch, D-LLM against QTALE, one panel per layer, stacked.
 
     `frame`: method, epoch, layer, flip, flip_expected.
     """
     if frame.empty:
         return empty()
     layers = sorted(frame.layer.unique())
-    figure, axes = canvas(PAGE, 2.0, 1, len(layers), sharey=True)
-    for axis, layer in zip(axes[0], layers, strict=True):
+    figure, axes = canvas(COLUMN, 0.9 + 1.2 * len(layers), len(layers), 1, sharex=True, sharey=True)
+    for axis, layer in zip(axes[:, 0], layers, strict=True):
         for method, part in frame[frame.layer == layer].groupby("method"):
-            _flip_lines(axis, part, f"{METHODS[method]}, measured", LINES[method])
-        axis.set(xlabel="epoch", title=f"layer {layer}")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0, 0].set(ylabel="decisions flipped (%)")
-    axes[0, 0].set_ylim(bottom=0)
-    _explain_lines(axes[0, -1])
-    figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+            _flip_lines(axis, part, METHODS[method], LINES[method])
+        axis.set_title(f"layer {layer}")
+    figure.supylabel("decisions flipped (%)", fontsize=STYLE["axes.labelsize"])
+    _percent_flipped(axis)
+    axis.plot([], [], color="0.4", linewidth=0.9, label="lines: mean σ(−|Δ|)")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
+
+
+def _percent_flipped(axis: Axes) -> None:
+    axis.set(xlabel="epoch")
+    axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _flip_lines(axis: Axes, part: pd.DataFrame, label: str, style: dict) -> None:
@@ -219,31 +233,65 @@ def _flip_lines(axis: Axes, part: pd.DataFrame, label: str, style: dict) -> None
     axis.plot(part.epoch, 100 * part.flip_expected, **{**style, "marker": "none", "linewidth": 0.9})
 
 
-def _explain_lines(axis: Axes) -> None:
-    axis.plot([], [], color="0.4", linewidth=0.9, label="closed form: mean σ(−|Δ|)")
-
-
 # Beside Table 4.
 
 
 def theta_curves(frame: pd.DataFrame) -> Figure:
-    """Calibration score by execution ratio as theta falls from 0.5, one panel per group of tasks.
+    """Calibration score by theta, then the execution ratio: a row per group of tasks, a column per method.
 
-    `frame`: group, method, bits, theta, score, execution_ratio. Filled marks: quantized; open marks: 16 bit.
+    `frame`: group, method, bits, theta, score, execution_ratio and, if known, stderr (of the score, over
+    questions; drawn as a band). The last row holds the ratios of all groups, one line for each bit width.
     """
     if frame.empty:
         return empty()
     groups = [group for group in GROUPS if group in set(frame.group)]
-    figure, axes = canvas(PAGE, 2.4, 1, len(groups))
-    for axis, group in zip(axes[0], groups, strict=True):
-        for (method, bits), part in frame[frame.group == group].groupby(["method", "bits"], sort=False):
-            fill = {"fillstyle": "none", "linewidth": 0.7} if bits == 16 else {}
-            label = f"{METHODS[method]}, {bits} bits"
-            axis.plot(100 * part.execution_ratio, part.score, label=label, **{**LINES[method], **fill})
-        score = "PPL" if group == "alpaca" else "accuracy (%)"
-        axis.set(xlabel="execution ratio (%)", ylabel=score, title=TASK_LABELS[group])
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    methods = [method for method in METHODS if method in set(frame.method)]
+    rows = len(groups) + 1
+    figure, axes = canvas(COLUMN, 1.35 + 0.82 * rows, rows, len(methods), sharex=True, sharey="row")
+    for column, method in zip(axes.T, methods, strict=True):
+        part = frame[frame.method == method]
+        for axis, group in zip(column, groups, strict=False):
+            _scores(axis, part[part.group == group], LINES[method]["color"])
+        _ratios(column[-1], part, groups)
+        column[0].set_title(METHODS[method])
+        column[-1].set(xlabel="θ", xlim=(0, 0.53), xticks=(0.1, 0.2, 0.3, 0.4, 0.5))
+    _label_rows(axes[:, 0], groups)
+    _theta_legends(figure, frame, groups)
     return figure
+
+
+def _scores(axis: Axes, frame: pd.DataFrame, colour: str) -> None:
+    for bits, part in frame.groupby("bits", sort=False):
+        axis.plot(part.theta, part.score, color=colour, **_bits_look(bits))
+        if "stderr" in part:
+            band = (part.score - part.stderr, part.score + part.stderr)
+            axis.fill_between(part.theta, *band, color=colour, alpha=0.15, linewidth=0)
+
+
+def _bits_look(bits: int) -> dict:
+    return {"label": f"{bits} bits", **(SIXTEEN if bits == 16 else QUANTIZED)}
+
+
+def _ratios(axis: Axes, frame: pd.DataFrame, groups: list[str]) -> None:
+    for style, group in zip(RANKED, groups, strict=False):
+        for _, part in frame[frame.group == group].groupby("bits"):
+            axis.plot(part.theta, 100 * part.execution_ratio, **{**style, "marker": "none"})
+
+
+def _label_rows(axes: np.ndarray, groups: list[str]) -> None:
+    for axis, group in zip(axes, groups, strict=False):
+        axis.set_ylabel(f"{TASK_LABELS[group]}\n{'PPL' if group == 'alpaca' else 'accuracy (%)'}")
+    axes[-1].set_ylabel("execution\nratio (%)")
+
+
+def _theta_legends(figure: Figure, frame: pd.DataFrame, groups: list[str]) -> None:
+    """Above: the scores' bit widths, and what is known of their noise; below: the ratios' groups."""
+    bits = [Line2D([], [], color="0.25", **_bits_look(bits)) for bits in sorted(frame.bits.unique())]
+    title = BAND if "stderr" in frame else NO_BAND
+    figure.legend(handles=bits, title=title, title_fontsize=7, loc="outside upper center", ncols=2)
+    styles = [{**style, "marker": "none"} for style in RANKED]
+    ratios = [Line2D([], [], label=TASK_LABELS[g], **style) for g, style in zip(groups, styles, strict=False)]
+    figure.legend(handles=ratios, loc="outside lower center", ncols=3)
 
 
 # Figure 4.
@@ -254,25 +302,30 @@ def noise(frame: pd.DataFrame) -> Figure:
 
     `frame`: part ("density" or "flips"), x (draw, or |Δ|), measured, closed_form.
     """
-    figure, axes = canvas(PAGE, 2.1, 1, 2)
-    density, flips = axes[0]
-    part = frame[frame.part == "density"]
+    figure, axes = canvas(COLUMN, 3.8, 2, 1)
+    _density(axes[0, 0], frame[frame.part == "density"])
+    _flip_curve(axes[1, 0], frame[frame.part == "flips"])
+    return figure
+
+
+def _density(density: Axes, part: pd.DataFrame) -> None:
     width = part.x.iloc[1] - part.x.iloc[0]
     near = part.x.abs() <= 1
     density.bar(part.x[near], part.measured[near], width, color=SKY, label="draws, |π| ≤ 1")
     density.bar(part.x[~near], part.measured[~near], width, color="0.85", label="draws, |π| > 1")
     density.plot(part.x, part.closed_form, color=BLACK, label="density")
     for x, text, style in ((0.0, "mode 0", "--"), (np.euler_gamma, "mean 0.577", ":")):
-        density.axvline(x, color=RED, linestyle=style, linewidth=0.9, label=text)
+        density.axvline(x, color=BLACK, linestyle=style, linewidth=0.9, label=text)
     density.set(xlabel="π", ylabel="density", title="(a) π ~ Gumbel(0, 1)", xlim=(-3, 6))
     density.legend(loc="upper right")
-    part = frame[frame.part == "flips"]
+
+
+def _flip_curve(flips: Axes, part: pd.DataFrame) -> None:
     flips.plot(part.x, 100 * part.closed_form, color=BLACK, label="closed form σ(−|Δ|)")
-    flips.plot(part.x, 100 * part.measured, "o", color=BLUE, label="measured")
+    flips.plot(part.x, 100 * part.measured, color=BLUE, linestyle="none", label="measured", **DOT)
     flips.set(xlabel="logit gap |Δ|", ylabel="decisions flipped (%)", ylim=(0, 52))
     flips.set_title("(b) what the noise can flip")
     flips.legend()
-    return figure
 
 
 # Figures 5 and 6.
@@ -290,6 +343,7 @@ def logit_histograms(frame: pd.DataFrame) -> Figure:
     figure, axes = canvas(*size, len(layers), len(epochs), sharex=True, sharey="row")
     filled = frame[frame["count"] > 0]
     axes[0, 0].set_xlim(filled.left.min() - 0.5, filled.right.max() + 0.5)
+    axes[0, 0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for (row, column), axis in np.ndenumerate(axes):
         part = frame[(frame.layer == layers[row]) & (frame.epoch == epochs[column])]
         _logits(axis, part)
@@ -304,7 +358,7 @@ def _label_outer(axis: Axes, row: int, column: int, rows: int, layer: str, epoch
     if row == rows - 1:
         axis.set_xlabel("logit")
     if column == 0:
-        axis.set_ylabel(f"{layer}\nshare of tokens (%)")
+        axis.set_ylabel(f"{layer}\ntokens (%)")
 
 
 def _logits(axis: Axes, frame: pd.DataFrame) -> None:
@@ -313,5 +367,9 @@ def _logits(axis: Axes, frame: pd.DataFrame) -> None:
         share = 100 * part["count"] / max(part["count"].sum(), 1)
         axis.stairs(share, [*part.left, part.right.iloc[-1]], fill=True, label=kind, linewidth=0.7, **look)
     axis.margins(y=0.2)  # room for the text
-    gap = f"mean gap {frame.gap.iloc[0]:+.1f}".replace("-", "−")
-    axis.text(0.03, 0.97, gap, transform=axis.transAxes, va="top", fontsize=6)
+    axis.text(0.03, 0.97, f"mean gap {_signed(frame.gap.iloc[0])}", transform=axis.transAxes, va="top")
+
+
+def _signed(value: float) -> str:
+    """The value with one decimal and its sign, which what rounds to zero has not."""
+    return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 from fake_lab import LAYERS, FakeLab
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from qtale_lib import figures, noise, overview
 from qtale_lib.measurements import Measurements
@@ -25,12 +27,48 @@ DRAWN = {
     "theta_curves": (figures.theta_curves, lambda: STORE.theta_curves()),
     "figure_7": (figures.flips_compared, lambda: STORE.lowest_by_epoch("dllm", "qtale")),
 }
+COLUMN_WIDE = ("figure_3", "figure_4", "figure_7", "theta_curves")
+THETA = STORE.theta_curves()
+MANY = Measurements(FakeLab(tasks=["arc_easy", "mmlu", "alpaca"])).theta_curves()
+VARIANTS = {
+    "one task": lambda: figures.heatmaps(STORE.ratios_by_layer("dllm").query("task == 'siqa'")),
+    "no data": figures.empty,
+    "32 layers": lambda: figures.overview(layers(32)),
+    "all groups": lambda: figures.theta_curves(MANY.assign(stderr=0.5)),
+    "one curve": lambda: figures.theta_curves(THETA.query("method == 'qtale' and bits == 4")),
+    "one layer": lambda: figures.flips_compared(STORE.lowest_by_epoch("dllm").query(f"layer == {LOW[0]}")),
+}
+FIGURES = {**{name: lambda name=name: drawn(name)[0] for name in DRAWN}, **VARIANTS}
+every = pytest.mark.parametrize("name", FIGURES)
 
 
 def drawn(name: str):
     draw, frame = DRAWN[name]
     data = frame()
     return draw(data), data
+
+
+def layers(count: int) -> pd.DataFrame:
+    """Figure 1's frame for a model of that many layers."""
+    first = overview.frame(STORE).groupby("panel").head(1)
+    rows = first.loc[first.index.repeat(count)]
+    return rows.assign(layer=[*range(count)] * len(first), executed=1.0)
+
+
+def texts(figure) -> list[Text]:
+    """What is written on the figure, but for tick labels beyond an axis's ends."""
+    figure.draw_without_rendering()
+    found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    axes = [axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis)]
+    ticks = [tick for axis in axes for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())]
+    labels = {label for tick in ticks for label in (tick.label1, tick.label2)}
+    shown = {tick.label1 for axis in axes if axis.axes.axison for tick in ticks_within(axis)}
+    return [text for text in found if text not in labels or text in shown]
+
+
+def ticks_within(axis) -> list:
+    low, high = sorted(axis.get_view_interval())
+    return [tick for tick in axis.get_major_ticks() if low - 1e-9 <= tick.get_loc() <= high + 1e-9]
 
 
 def line_points(axis, marked: bool) -> np.ndarray:
@@ -54,7 +92,7 @@ def test_all_formats_are_written_with_the_plotted_data(name, tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(paths["csv"]), data.reset_index(drop=True), check_dtype=False)
 
 
-@pytest.mark.parametrize("name", ["figure_2", "figure_5"])
+@pytest.mark.parametrize("name", ["figure_2", "figure_5", "theta_curves"])
 def test_the_same_data_give_the_same_bytes(name, tmp_path):
     def digests(directory: Path) -> list[str]:
         figure, data = drawn(name)
@@ -73,13 +111,39 @@ def test_fonts_are_embedded_whole_and_no_date_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_sizes_are_those_of_a_papers_column(name, tmp_path):
+def test_sizes_are_those_of_a_papers_column_and_page(name, tmp_path):
     figure, data = drawn(name)
-    assert figure.get_figwidth() in (figures.COLUMN, figures.PAGE)
+    assert figure.get_figwidth() == (3.25 if name in COLUMN_WIDE else 6.75)
     png = figures.save(figure, data, name, tmp_path)["png"]
     height, width, _ = imread(png).shape
     assert width == pytest.approx(300 * figure.get_figwidth(), abs=2)
     assert height == pytest.approx(300 * figure.get_figheight(), abs=2)
+
+
+@every
+def test_no_text_is_smaller_than_seven_points(name):
+    sizes = {text.get_text(): text.get_fontsize() for text in texts(FIGURES[name]())}
+    assert sizes and min(sizes.values()) >= 7, sizes
+
+
+@every
+def test_no_text_leaves_the_figure_or_lies_on_another(name):
+    figure = FIGURES[name]()
+    boxes = {text: text.get_window_extent().padded(-0.5) for text in texts(figure)}
+    for text, box in boxes.items():
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, text
+    clashes = [(a, b) for a, b in combinations(boxes, 2) if boxes[a].overlaps(boxes[b])]
+    assert not clashes
+
+
+@pytest.mark.parametrize("name", COLUMN_WIDE)
+def test_marks_at_a_limit_are_whole(name):
+    figure, _ = drawn(name)
+    lines = [line for axis in figure.axes for line in axis.lines if line.get_marker() != "None"]
+    spines = max(spine.get_zorder() for axis in figure.axes for spine in axis.spines.values())
+    assert lines
+    assert all(not line.get_clip_on() and line.get_zorder() > spines for line in lines)
 
 
 def test_heatmaps_show_the_frames_ratios():
@@ -112,6 +176,37 @@ def test_histograms_show_the_frames_shares():
     values, edges, _ = axis.patches[0].get_data()
     assert np.allclose(values, 100 * first["count"] / first["count"].sum())
     assert np.allclose(edges, [*first.left, first.right.iloc[-1]])
+
+
+@pytest.mark.parametrize(
+    ("gap", "said"), [(-0.04, "0.0"), (0.0, "0.0"), (0.04, "0.0"), (-0.06, "−0.1"), (2.04, "+2.0")]
+)
+def test_a_gap_that_rounds_to_zero_has_no_sign(gap, said):
+    figure = figures.logit_histograms(STORE.histograms("dllm").assign(gap=gap))
+    assert {axis.texts[0].get_text() for axis in figure.axes} == {f"mean gap {said}"}
+
+
+def test_theta_curves_show_scores_by_group_and_then_ratios():
+    figure = figures.theta_curves(MANY)
+    panels = np.reshape(figure.axes, (4, 2))
+    for method, column in zip(("dllm", "qtale"), panels.T, strict=True):
+        part = MANY[MANY.method == method]
+        for group, axis in zip(("csqa", "mmlu", "alpaca"), column, strict=False):
+            wanted = part[part.group == group][["theta", "score"]]
+            assert np.allclose(line_points(axis, False), wanted)
+        ratios = part.assign(ratio=100 * part.execution_ratio)[["theta", "ratio"]].to_numpy()
+        assert sorted(map(tuple, line_points(column[-1], False))) == sorted(map(tuple, ratios))
+
+
+def test_the_noise_of_theta_curves_is_shown_or_said_to_be_unknown():
+    for data, said in ((THETA, figures.NO_BAND), (THETA.assign(stderr=3.0), figures.BAND)):
+        figure = figures.theta_curves(data)
+        assert figure.legends[0].get_title().get_text() == said
+        bands = figure.axes[0].collections
+        assert len(bands) == (len(set(THETA.bits)) if "stderr" in data else 0)
+    part = data[(data.group == "csqa") & (data.method == "dllm") & (data.bits == min(data.bits))]
+    corners = bands[0].get_paths()[0].vertices[:, 1]
+    assert (corners.min(), corners.max()) == pytest.approx((part.score.min() - 3, part.score.max() + 3))
 
 
 def test_overview_fills_memory_and_fades_with_execution():
@@ -168,3 +263,14 @@ def test_one_task_and_one_epoch_are_enough():
 def test_lines_differ_in_more_than_colour(styles):
     for name in ("linestyle", "marker", "color"):
         assert len({style[name] for style in styles}) == len(styles)
+
+
+@pytest.mark.parametrize(
+    "styles",
+    [list(figures.LINES.values()), figures.RANKED, [figures.QUANTIZED, figures.SIXTEEN]],
+)
+def test_marks_that_meet_do_not_hide_each_other(styles):
+    """A later mark is larger than those below it, and has no face."""
+    sizes = [style["markersize"] for style in styles]
+    assert sizes == sorted(set(sizes))
+    assert all(style.get("markerfacecolor") == "none" or style["marker"] == "x" for style in styles[1:])

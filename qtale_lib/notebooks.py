@@ -27,15 +27,26 @@ AT_ONCE = 2
 
 
 def choose(only: str | None = None) -> list[Path]:
-    """The notebooks in the order of their execution; `only`: their numbers, such as "03,05"."""
+    """The notebooks in the order of their execution; `only`: their numbers, such as "03,05".
+
+    Raises:
+        UserError: if a part of `only` is empty or no number, or the number of no notebook.
+    """
     found = {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
-    wanted = [number.strip().zfill(2) for number in only.split(",")] if only else list(found)
+    wanted = list(found) if only is None else _numbers(only)
     unknown = [number for number in wanted if number not in found]
     if unknown:
         raise UserError(f"There is no notebook {', '.join(unknown)}; choose from {', '.join(found)}.")
     return [
         found[number] for number in sorted(set(wanted), key=lambda number: (number == SCOREBOARD, number))
     ]
+
+
+def _numbers(only: str) -> list[str]:
+    parts = [part.strip() for part in only.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f'--only (= "{only}") must be numbers with commas between them, such as 03,05.')
+    return [part.zfill(2) for part in parts]
 
 
 class Executions:

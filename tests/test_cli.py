@@ -36,6 +36,7 @@ def qtale(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     [
         (["run", "--profile", "nope"], "nope is no profile's name"),
         (["run", "--profile", "smoke", "--only", "42"], "There is no notebook 42"),
+        (["run", "--profile", "smoke", "--only", ","], '--only (= ",") must be numbers'),
         (["run", "--profile", "smoke", "--data-dir", "/nowhere"], "/nowhere"),
         (["train", "chess", "full"], "chess"),
         (["calibrate", "arc_easy", "full"], "A full model has no routers"),
@@ -59,6 +60,15 @@ def test_notebooks_are_chosen_by_number_and_the_scoreboard_goes_last():
     assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 8
     with pytest.raises(UserError, match="There is no notebook 09"):
         notebooks.choose("09")
+
+
+@pytest.mark.parametrize("only", ["", ",", "3,", "3,,5", "3,x", "03_figures", "-1", "1.5", "3 5"])
+def test_what_is_no_number_of_a_notebook_is_refused(only):
+    with pytest.raises(UserError) as refused:
+        notebooks.choose(only)
+    assert str(refused.value) == (
+        f'--only (= "{only}") must be numbers with commas between them, such as 03,05.'
+    )
 
 
 @pytest.mark.parametrize(

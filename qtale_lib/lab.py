@@ -24,7 +24,7 @@ from qtale_lib.jobs import Job, Run, expected_seconds
 from qtale_lib.pool import Outcome, Task, run_tasks, worker_slots
 from qtale_lib.progress import watcher
 from qtale_lib.provenance import ROOT, Stopwatch
-from qtale_lib.store import Store, digest, read_json, write_json
+from qtale_lib.store import Store, digest, read_json, sweep, write_json
 
 # Raised by hand when a stage's code comes to give other numbers from the same settings.
 STAGE_VERSIONS = {"finetune": 2, "quantization": 1, "threshold": 1, "evaluation": 1}
@@ -232,6 +232,7 @@ class Lab:
 
     def compute(self, wanted: Iterable[Job]) -> list[Outcome]:
         """Do the jobs whose results are missing, in a pool of processes; failures are among the outcomes."""
+        sweep(self.directory)
         missing = [job for job in wanted if not self.is_done(job)]
         if not missing:
             return []

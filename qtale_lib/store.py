@@ -12,11 +12,13 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+DAY = 24 * 3600.0  # seconds; no writer of one file lives that long
 
 
 def canonical(value: Any) -> str:
@@ -53,6 +55,14 @@ def write_json(path: Path, value: Any) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that writers killed a day ago, or earlier, left in a folder or below it."""
+    for path in folder.rglob(".*.json.????????"):
+        with contextlib.suppress(FileNotFoundError):  # another process sweeps too
+            if path.stat().st_mtime < time.time() - DAY:
+                path.unlink()
 
 
 def read_json(path: Path) -> Any:

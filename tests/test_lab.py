@@ -65,6 +65,20 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     assert read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_run_removes_what_killed_writers_left_and_nothing_else(tmp_path):
+    lab = Lab(profile(), tmp_path)
+    names = {"of a living writer": ".x.json.abcd1234", "stale": ".y.json.abcd1234", "result": "y.json"}
+    paths = {what: lab.store.root / "finetune" / name for what, name in names.items()}
+    paths["of a notebook, stale"] = lab.directory / "notebooks" / ".01.json.abcd_123"
+    for what, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{")
+        if what != "of a living writer":
+            os.utime(path, (time.time() - 90_000,) * 2)
+    lab.compute([])
+    assert {what for what, path in paths.items() if path.exists()} == {"of a living writer", "result"}
+
+
 @settings(max_examples=30, deadline=None)
 @given(value=st.dictionaries(st.text(max_size=4), st.integers(), min_size=1, max_size=4))
 def test_digests_follow_content_not_order(value):

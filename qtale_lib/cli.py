@@ -96,13 +96,20 @@ def _finish(lab: Lab, outcomes: list[Outcome], clock: Stopclock) -> None:
     for outcome in failed:
         console.print(f"{outcome.status.upper()} {outcome.name}: {outcome.error}", style="red", markup=False)
     if failed:
-        _keep_details(lab, failed)
-        raise typer.Exit(1)
+        raise _exit(lab, failed)
+
+
+def _exit(lab: Lab, failed: list[Outcome]) -> typer.Exit:
+    """The exit of a run with failures, their errors kept: code 2 if all that failed was refused."""
+    _keep_details(lab, failed)
+    refused = all(outcome.refused for outcome in failed if outcome.status == "failed")
+    return typer.Exit(UserError.exit_code if refused else 1)
 
 
 def _keep_details(lab: Lab, failed: list[Outcome]) -> None:
     text = "\n\n".join(f"{outcome.name}\n{outcome.detail or outcome.error}" for outcome in failed)
     path = lab.directory / "failures.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     typer.echo(f"{len(failed)} failed; the full errors are in {_short(path)}", err=True)
 
@@ -209,8 +216,7 @@ def _one(profile: str, task: str, method: str, seed: int) -> tuple[Lab, Run]:
 def _ensure(lab: Lab, jobs: list[Job]) -> None:
     failed = [outcome for outcome in lab.compute(jobs) if outcome.status != "done"]
     if failed:
-        _keep_details(lab, failed)
-        raise typer.Exit(1)
+        raise _exit(lab, failed)
 
 
 def _show(title: str, values: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ Reading needs no torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -16,12 +17,13 @@ from typing import Any
 import pandas as pd
 
 from qtale_lib import jobs
-from qtale_lib.base import base_facts, check_group_size, file_stamp
+from qtale_lib.base import base_facts, file_stamp
 from qtale_lib.config import Profile, load_profile
 from qtale_lib.data import Example, data_hash, load_task, subset
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, expected_seconds
 from qtale_lib.pool import Outcome, Task, run_tasks, worker_slots
+from qtale_lib.preflight import check
 from qtale_lib.progress import watcher
 from qtale_lib.provenance import ROOT, Stopwatch
 from qtale_lib.store import Store, digest, read_json, sweep, write_json
@@ -69,7 +71,8 @@ class Lab:
         known = read_json(memo)
         if not isinstance(known, dict) or known.get("stamp") != stamp:
             known = {"stamp": stamp, "facts": base_facts(self.profile)}
-            write_json(memo, known)
+            with contextlib.suppress(OSError):  # reading results is possible where writing is not
+                write_json(memo, known)
         return known["facts"]
 
     def base(self) -> dict[str, Any]:
@@ -231,13 +234,17 @@ class Lab:
         return [(f["key"], f["provenance"]["finished_at"]) if f else (spec, None) for spec, f in found]
 
     def compute(self, wanted: Iterable[Job]) -> list[Outcome]:
-        """Do the jobs whose results are missing, in a pool of processes; failures are among the outcomes."""
+        """Do the jobs whose results are missing, in a pool of processes; failures are among the outcomes.
+
+        Raises:
+            UserError: for what can be known to fail before any work is begun.
+        """
+        wanted = list(wanted)
+        check(self, wanted)
         sweep(self.directory)
         missing = [job for job in wanted if not self.is_done(job)]
         if not missing:
             return []
-        if any(job.bits and job.bits < 16 for job in missing):
-            check_group_size(self.base(), self.profile.group_size)
         slots = worker_slots(len(missing), self._model_bytes())
         tasks = [self._task(job) for job in missing]
         with watcher(tasks, len(slots)) as watching:

@@ -143,6 +143,15 @@ def test_a_failure_ends_in_code_1_and_its_whole_error_is_kept(lab, capsys):
     assert "Traceback ..." in (lab.directory / "failures.txt").read_text()
 
 
+@pytest.mark.parametrize(("others", "code"), [([], 2), [[cli.Outcome("train y", "failed", error="boom")], 1]])
+def test_what_was_refused_alone_ends_in_code_2(lab, others, code):
+    failed = [cli.Outcome("train x", "failed", error="do this instead", refused=True), *others]
+    failed.append(cli.Outcome("evaluate x", "skipped", error="what it builds on failed"))
+    with pytest.raises(cli.typer.Exit) as ended:
+        cli._finish(lab, failed, cli.Stopclock())
+    assert ended.value.exit_code == code
+
+
 def test_an_unfinished_profile_is_not_published(lab):
     with pytest.raises(UserError, match=f"{len(all_jobs(lab.profile))} jobs missing"):
         publishing.publish(lab)

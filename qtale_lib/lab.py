@@ -228,6 +228,14 @@ class Lab:
         """Whether all results of a job are in the store."""
         return all(self.find(kind, **spec) for kind, spec in _results_of(job))
 
+    def forget(self, wanted: Iterable[Job]) -> None:
+        """Remove all that the jobs have put into the store; what other jobs have stays."""
+        specs = [pair for job in wanted for pair in _all_of(job)]
+        addresses = [self.address(kind, spec) for kind, spec in specs]  # each by what it was made from
+        for address in filter(None, addresses):
+            self.store.remove(*address)
+        self._found.clear()
+
     def fingerprint(self, job: Job) -> list[Any]:
         """Keys and times of a job's results: equal while the results are the same."""
         found = [(s, self.find(kind, **s)) for kind, s in _results_of(job)]
@@ -290,6 +298,14 @@ def _results_of(job: Job) -> list[tuple[str, Spec]]:
         return [("finetune", run_spec(job.run))]
     rules = jobs.RULES[job.run.method]
     return [("evaluation", run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules]
+
+
+def _all_of(job: Job) -> list[tuple[str, Spec]]:
+    """(kind, spec) of a job's results and of those on the way to them."""
+    spec = run_spec(job.run, bits=job.bits)
+    way = ["quantization"] if job.bits and job.bits < 16 else []
+    way += ["threshold"] if job.bits and job.run.routed else []
+    return [*_results_of(job), *((kind, spec) for kind in way)]
 
 
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class Executions:
         """Those whose source, library, profile or results changed since, or whose products are gone."""
         return [path for path in notebooks if not self._up_to_date(path)]
 
+    def forget(self, notebooks: Iterable[Path]) -> None:
+        """Make them stale."""
+        for notebook in notebooks:
+            self._stamp(notebook).unlink(missing_ok=True)
+
     def _up_to_date(self, notebook: Path) -> bool:
         stamp = read_json(self._stamp(notebook))
         if not isinstance(stamp, dict) or stamp.get("inputs") != self._inputs(notebook):

@@ -17,6 +17,7 @@ from qtale_lib.jobs import all_jobs
 from qtale_lib.lab import Lab
 from qtale_lib.progress import PlainWatcher, span
 from qtale_lib.provenance import ROOT
+from qtale_lib.store import discard
 
 
 def qtale(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -48,6 +49,53 @@ def test_what_a_user_can_cause_is_one_sentence_and_code_2(tmp_path, arguments, s
     done = qtale(*arguments, QTALE_RESULTS_DIR=str(tmp_path), QTALE_FIGURES_DIR=str(tmp_path))
     assert done.returncode == 2 and sentence in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def earlier(tmp_path, monkeypatch) -> list[Path]:
+    """Files of an earlier run of smoke: a result, an executed notebook, a figure."""
+    monkeypatch.setenv("QTALE_RESULTS_DIR", str(tmp_path / "results"))
+    monkeypatch.setenv("QTALE_FIGURES_DIR", str(tmp_path / "figures"))
+    places = ("results/smoke/store/finetune/a.json", "results/smoke/notebooks/01.json", "figures/smoke/a.pdf")
+    for place in places:
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text("{}")
+    return [tmp_path / place for place in places]
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--data-dir", "empty"], ["--only", ","], ["--only", "42"], ["--data-dir", "none"]]
+)
+def test_fresh_removes_nothing_before_everything_is_checked(earlier, tmp_path, wrong):
+    (tmp_path / "empty").mkdir()
+    given = [str(tmp_path / word) if word in ("empty", "none") else word for word in wrong]
+    done = qtale("run", "--profile", "smoke", "--fresh", *given)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert all(path.exists() for path in earlier)
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [({}, 0), ({"only": "01"}, 3), ({"fresh": False}, 3), ({"only": "01", "fresh": False}, 3)],
+)
+def test_fresh_forgets_the_profile_and_with_only_what_is_asked_for(earlier, monkeypatch, given, left):
+    reached = []
+    monkeypatch.setattr(cli, "_compute", lambda *_: reached.append("runs") or [])
+    monkeypatch.setattr(cli, "_execute", lambda *_: reached.append("notebooks") or [])
+    stamp = notebooks.Executions(Lab("smoke"), {})._stamp(notebooks.choose("01")[0])
+    stamp.write_text("{}")
+    cli.run("smoke", **{"fresh": True, **given})
+    assert reached == ["runs", "notebooks"]
+    assert sum(path.exists() for path in earlier) == left
+    assert stamp.exists() == ("fresh" in given)
+
+
+def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
+    (tmp_path / "there" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    discard(tmp_path / "link")
+    discard(tmp_path / "nowhere")
+    assert list((tmp_path / "link").iterdir()) == [] and (tmp_path / "link").is_symlink()
 
 
 def test_status_counts_what_is_there(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -411,6 +412,23 @@ def test_a_lost_and_a_cut_off_result_are_computed_again_and_nothing_else(compute
     after = times(computed)
     assert {name for name in after if after[name] != before.get(name)} == {lost.name, cut.name}
     assert [json.loads(path.read_text())["value"] for path in (lost, cut)] == values
+
+
+def test_what_is_forgotten_is_computed_again_and_nothing_else(computed, in_process, tmp_path):
+    shutil.copytree(computed.directory, tmp_path / computed.profile.name)
+    lab = Lab(computed.profile, tmp_path)
+
+    def there() -> set[tuple[str, str]]:
+        return {(path.parent.name, path.name.split("-")[0]) for path in lab.store.root.glob("*/*.*-*")}
+
+    before = there()
+    lab.forget([Job(Run("arc_easy", "qtale", 0), 4)])
+    name = "arc_easy.qtale.s0.b4"
+    evaluations = {("evaluation", f"{name}.{rule}") for rule in jobs.RULES["qtale"]}
+    assert before - there() == {("quantization", name), ("threshold", name), *evaluations}
+    outcomes = lab.compute(jobs.all_jobs(lab.profile))
+    assert [outcome.name for outcome in outcomes] == ["evaluate arc_easy.qtale.s0 at 4 bit"]
+    assert there() == before
 
 
 def test_a_further_seed_computes_only_itself(computed, in_process):

@@ -15,7 +15,8 @@ notebooks. What is there already is not computed again; a run that was stopped g
   --data-dir  folder with the benchmarks' original files, in place of the profile's data
   --only      these notebooks only, by number
   --seeds     this many seeds, in place of the profile's
-  --fresh     compute everything anew
+  --fresh     compute anew: forget all results and figures of the profile first; with --only, the results alone that
+              those notebooks show
 
 Results go to results/<profile>, figures to figures/<profile>.
 From outside: PYTHON, QTALE_TORCH_INDEX (set-up), QTALE_DATA_DIR, QTALE_MODELS_DIR.

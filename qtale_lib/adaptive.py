@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -96,8 +97,10 @@ def set_threshold(model: nn.Module, theta: float) -> None:
     """Set the execution threshold θ of evaluation mode (Sec. 3.4, Eq. 9): 0.5 is arg max, 0 runs everything.
 
     Raises:
-        UserError: if θ is outside [0, 1) or the model has no routers.
+        UserError: if θ is no number or outside [0, 1), or the model has no routers.
     """
+    if not isinstance(theta, Real):
+        raise UserError(f"The threshold θ is {theta!r}: it must be a number of at least 0 and below 1.")
     threshold_shift(theta)
     routing_state(model).theta = theta
 

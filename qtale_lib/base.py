@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtale_lib.errors import UserError
-from qtale_lib.store import file_digest
+from qtale_lib.store import file_digest, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,29 +67,21 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def base_facts(profile: Profile) -> dict[str, Any]:
-    """Name, config, parameter counts and sha256 of the base, from its files alone; reads every byte once."""
+    """Name, config, parameter counts and sha256 of the base, from its files alone; reads every byte once.
+
+    Raises:
+        UserError: if a file is missing, cut off or damaged.
+    """
     directory = base_directory(profile)
+    config, shapes = read_config(directory), tensor_shapes(directory)
     files = sorted({path for pattern in LOADED_FILES for path in directory.glob(pattern)})
     return {
         "name": profile.base,
         "sha256": file_digest(*files),
-        "config": json.loads((directory / "config.json").read_text(encoding="utf-8")),
-        "parameters": _parameter_counts(directory),
+        "config": config,
+        "parameters": _parameter_counts(shapes),
         "bytes": sum(path.stat().st_size for path in directory.glob("*.safetensors")),
     }
-
-
-def check_group_size(facts: dict[str, Any], group_size: int) -> None:
-    """UserError if groups of that size do not divide every decoder linear's rows; -1 always does."""
-    config = facts["config"]
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    widths = {hidden, config["intermediate_size"], heads * (config.get("head_dim") or hidden // heads)}
-    wrong = sorted(width for width in widths if group_size > 0 and width % group_size)
-    if wrong:
-        raise UserError(
-            f"group_size (= {group_size}) does not divide the {wrong[0]} columns of a layer of "
-            f"{facts['name']}; use a divisor of {math.gcd(*widths)}, or -1 for one group per row."
-        )
 
 
 def file_stamp(profile: Profile) -> list[list[Any]]:
@@ -98,19 +91,77 @@ def file_stamp(profile: Profile) -> list[list[Any]]:
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-def _parameter_counts(directory: Path) -> dict[str, int]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """The base's config.json; UserError if it cannot be read or is no JSON object."""
+    path = directory / "config.json"
+    config = _object(path)
+    if config is None:
+        raise UserError(f"{path} is not readable as a JSON object; copy or download it anew.")
+    return config
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError):
+        value = read_json(path)
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def tensor_shapes(directory: Path) -> dict[str, list[int]]:
+    """Shape of every tensor in the base's safetensors, by name, from their headers.
+
+    Raises:
+        UserError: if there are none, one of several parts is missing, or one is cut off or damaged.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    missing = sorted(_parts(directory) - {path.name for path in files})
+    if missing or not files:
+        name = missing[0] if missing else "model.safetensors"
+        raise UserError(f"{directory} holds no {name}; copy, download or save the model anew.")
+    return {name: shape for path in files for name, shape in _header(path).items()}
+
+
+def _parts(directory: Path) -> set[str]:
+    """Names of the files that the weights are spread over, if they are."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file() or (directory / "model.safetensors").is_file():
+        return set()
+    places = (_object(index) or {}).get("weight_map")
+    if not isinstance(places, dict):
+        raise UserError(f"{index} is not readable as an index of weights; copy or download it anew.")
+    return set(places.values())
+
+
+def _parameter_counts(shapes: dict[str, list[int]]) -> dict[str, int]:
     """Parameters by part: decoder, embedding, lm_head (0 where it is tied), norm; and total."""
     counts = {"decoder": 0, "embedding": 0, "lm_head": 0, "norm": 0}
-    for path in directory.glob("*.safetensors"):
-        for name, tensor in _header(path).items():
-            counts[_part(name)] += math.prod(tensor["shape"])
+    for name, shape in shapes.items():
+        counts[_part(name)] += math.prod(shape)
     return {**counts, "total": sum(counts.values())}
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _header(path: Path) -> dict[str, list[int]]:
+    """Shape of every tensor in a safetensors file; UserError if it is damaged or its length is another."""
+    try:
+        shapes, length = _shapes_and_length(path)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{path} is no readable safetensors file; copy or download it anew.") from None
+    size = path.stat().st_size
+    if size != length:
+        raise UserError(f"{path} has {size} bytes where its header says {length}; copy or download it anew.")
+    return shapes
+
+
+def _shapes_and_length(path: Path) -> tuple[dict[str, list[int]], int]:
+    """By the header: the shape of every tensor, and how many bytes the file should have."""
     with path.open("rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        length = int.from_bytes(handle.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("the header is longer than the file")
+        header = json.loads(handle.read(length))
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    ends = [entry["data_offsets"][1] for entry in tensors.values()]
+    return {name: entry["shape"] for name, entry in tensors.items()}, 8 + length + max(ends)
 
 
 def _part(name: str) -> str:

@@ -5,10 +5,8 @@ What a user can cause ends in one sentence on stderr and exit code 2; what faile
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +20,10 @@ from qtale_lib.jobs import RULES, Job, Run, all_jobs, needs
 from qtale_lib.lab import Lab, run_spec
 from qtale_lib.notebooks import AT_ONCE, Executions, as_task, choose
 from qtale_lib.pool import Outcome
+from qtale_lib.preflight import check
 from qtale_lib.progress import Stopclock, span, watcher
 from qtale_lib.publishing import publish as publish_profile
+from qtale_lib.store import discard
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -34,6 +34,11 @@ MethodName = Annotated[str, typer.Argument(help="full, dllm or qtale.")]
 SeedNumber = Annotated[int, typer.Option("--seed", min=0)]
 BitWidth = Annotated[int, typer.Option("--bits")]
 
+FRESH = (
+    "Compute anew: forget all results and figures of this profile first; with --only, the results alone that "
+    "those notebooks show."
+)
+
 
 @app.command()
 def run(
@@ -41,31 +46,53 @@ def run(
     data_dir: DataDirectory = None,
     only: Annotated[str | None, typer.Option(help="Numbers of the notebooks, such as 03,05.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0 … N-1 instead of the profile's.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget this profile's results first.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help=FRESH)] = False,
 ) -> None:
     """Compute what is missing, then execute the notebooks that are not up to date."""
     given = {"data_dir": data_dir and str(data_dir.resolve()), "seeds": seeds}
     overrides = {name: value for name, value in given.items() if value is not None}
     lab, books = Lab(load_profile(profile, **overrides)), choose(only)
-    if fresh:
-        shutil.rmtree(lab.directory, ignore_errors=True)
+    wanted = list(dict.fromkeys(job for book in books for job in needs(lab.profile, book.name)))
     parameters = {name.upper(): value for name, value in {"profile": _portable(profile), **overrides}.items()}
+    if fresh:
+        _forget(Executions(lab, parameters), wanted, None if only is None else books)
+        lab = Lab(lab.profile)
     try:
         clock = Stopclock()
-        outcomes = _compute(lab, [job for book in books for job in needs(lab.profile, book.name)], clock)
+        outcomes = _compute(lab, wanted, clock)
         outcomes += _execute(Executions(lab, parameters), books, clock)
     except KeyboardInterrupt:
-        typer.echo("Stopped. The same command goes on from here.", err=True)
+        typer.echo(f"Stopped. The same command{' without --fresh' * fresh} goes on from here.", err=True)
         raise typer.Exit(130) from None
     _finish(lab, outcomes, clock)
+
+
+def _forget(executions: Executions, wanted: list[Job], only: list[Path] | None) -> None:
+    """Remove what is to be made anew: all of the profile, or the jobs and notebooks wanted.
+
+    Raises:
+        UserError: for what would fail afterwards, before anything is removed; or if that is impossible.
+    """
+    lab = executions.lab
+    check(lab, wanted)
+    try:
+        if only is None:
+            discard(lab.directory)
+            discard(lab.figures)
+        else:
+            lab.forget(wanted)
+            executions.forget(only)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be removed ({error.strerror}); allow it, or leave out --fresh."
+        ) from None
 
 
 def _portable(profile: str) -> str:
     return str(Path(profile).resolve()) if profile.endswith((".yaml", ".yml")) else profile
 
 
-def _compute(lab: Lab, wanted: Iterable[Job], clock: Stopclock) -> list[Outcome]:
-    jobs = list(dict.fromkeys(wanted))
+def _compute(lab: Lab, jobs: list[Job], clock: Stopclock) -> list[Outcome]:
     outcomes = lab.compute(jobs)
     trained = sum(outcome.seconds for outcome in outcomes if outcome.name.startswith("fine-tune"))
     rest = sum(outcome.seconds for outcome in outcomes) - trained
@@ -96,13 +123,20 @@ def _finish(lab: Lab, outcomes: list[Outcome], clock: Stopclock) -> None:
     for outcome in failed:
         console.print(f"{outcome.status.upper()} {outcome.name}: {outcome.error}", style="red", markup=False)
     if failed:
-        _keep_details(lab, failed)
-        raise typer.Exit(1)
+        raise _exit(lab, failed)
+
+
+def _exit(lab: Lab, failed: list[Outcome]) -> typer.Exit:
+    """The exit of a run with failures, their errors kept: code 2 if all that failed was refused."""
+    _keep_details(lab, failed)
+    refused = all(outcome.refused for outcome in failed if outcome.status == "failed")
+    return typer.Exit(UserError.exit_code if refused else 1)
 
 
 def _keep_details(lab: Lab, failed: list[Outcome]) -> None:
     text = "\n\n".join(f"{outcome.name}\n{outcome.detail or outcome.error}" for outcome in failed)
     path = lab.directory / "failures.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     typer.echo(f"{len(failed)} failed; the full errors are in {_short(path)}", err=True)
 
@@ -209,8 +243,7 @@ def _one(profile: str, task: str, method: str, seed: int) -> tuple[Lab, Run]:
 def _ensure(lab: Lab, jobs: list[Job]) -> None:
     failed = [outcome for outcome in lab.compute(jobs) if outcome.status != "done"]
     if failed:
-        _keep_details(lab, failed)
-        raise typer.Exit(1)
+        raise _exit(lab, failed)
 
 
 def _show(title: str, values: dict[str, Any]) -> None:

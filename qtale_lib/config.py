@@ -7,6 +7,7 @@ sentence that names the file, the key, its value and what is allowed. Needs no t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -18,11 +19,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationInfo,
     field_validator,
 )
 
-from qtale_lib.profile_files import read_profile
+from qtale_lib.errors import UserError
+from qtale_lib.profile_files import Settings, read_profile, shown
 
 Task = Literal[
     "piqa", "boolq", "siqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "mmlu", "alpaca"
@@ -229,6 +232,15 @@ class Profile(Section):
     calibration: Search
     probes: Probes
 
+    _settings: Settings = PrivateAttr(default_factory=Settings)
+
+    def refusal(self, key: str, complaint: str) -> UserError:
+        """The error on a value that cannot work here: what set it, its dotted key, it, and the complaint."""
+        keys = tuple(key.split("."))
+        source = self._settings.source(keys) or f"profile {self.name}"
+        value = functools.reduce(getattr, keys, self)
+        return UserError(f"{source}: {key} (= {shown(value)}) {complaint}.")
+
     def digest(self, *sections: str) -> str:
         """16 hex digits of the sha256 of the named sections (all but LABELS when none is named).
 
@@ -257,4 +269,5 @@ def load_profile(name_or_path: str | Path, **overrides: Any) -> Profile:
         UserError: one sentence on a file that is missing or no YAML, a cycle of `extends`, an unknown key, a
             wrong type or an impossible value.
     """
-    return read_profile(Profile, name_or_path, overrides)
+    profile, profile._settings = read_profile(Profile, name_or_path, overrides)
+    return profile

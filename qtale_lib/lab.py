@@ -7,6 +7,7 @@ Reading needs no torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -16,15 +17,16 @@ from typing import Any
 import pandas as pd
 
 from qtale_lib import jobs
-from qtale_lib.base import base_facts, check_group_size, file_stamp
+from qtale_lib.base import base_facts, file_stamp
 from qtale_lib.config import Profile, load_profile
 from qtale_lib.data import Example, Loaded, data_hash, read_task, subset
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, expected_seconds
 from qtale_lib.pool import Outcome, Task, run_tasks, worker_slots
+from qtale_lib.preflight import check
 from qtale_lib.progress import watcher
 from qtale_lib.provenance import ROOT, Stopwatch
-from qtale_lib.store import Store, digest, read_json, write_json
+from qtale_lib.store import Store, digest, read_json, sweep, write_json
 
 # Raised by hand when a stage's code comes to give other numbers from the same settings.
 STAGE_VERSIONS = {"finetune": 3, "quantization": 1, "threshold": 2, "evaluation": 2}
@@ -75,7 +77,8 @@ class Lab:
         known = read_json(memo)
         if not isinstance(known, dict) or known.get("stamp") != stamp:
             known = {"stamp": stamp, "facts": base_facts(self.profile)}
-            write_json(memo, known)
+            with contextlib.suppress(OSError):  # reading results is possible where writing is not
+                write_json(memo, known)
         return known["facts"]
 
     def base(self) -> dict[str, Any]:
@@ -239,18 +242,31 @@ class Lab:
         """Whether all results of a job are in the store."""
         return all(self.find(kind, **spec) for kind, spec in _results_of(job))
 
+    def forget(self, wanted: Iterable[Job]) -> None:
+        """Remove all that the jobs have put into the store; what other jobs have stays."""
+        specs = [pair for job in wanted for pair in _all_of(job)]
+        addresses = [self.address(kind, spec) for kind, spec in specs]  # each by what it was made from
+        for address in filter(None, addresses):
+            self.store.remove(*address)
+        self._found.clear()
+
     def fingerprint(self, job: Job) -> list[Any]:
         """Keys and times of a job's results: equal while the results are the same."""
         found = [(s, self.find(kind, **s)) for kind, s in _results_of(job)]
         return [(f["key"], f["provenance"]["finished_at"]) if f else (spec, None) for spec, f in found]
 
     def compute(self, wanted: Iterable[Job]) -> list[Outcome]:
-        """Do the jobs whose results are missing, in a pool of processes; failures are among the outcomes."""
+        """Do the jobs whose results are missing, in a pool of processes; failures are among the outcomes.
+
+        Raises:
+            UserError: for what can be known to fail before any work is begun.
+        """
+        wanted = list(wanted)
+        check(self, wanted)
+        sweep(self.directory)
         missing = [job for job in wanted if not self.is_done(job)]
         if not missing:
             return []
-        if any(job.bits and job.bits < 16 for job in missing):
-            check_group_size(self.base(), self.profile.group_size)
         slots = worker_slots(len(missing), self._model_bytes())
         tasks = [self._task(job) for job in missing]
         with watcher(tasks, len(slots)) as watching:
@@ -296,6 +312,14 @@ def _results_of(job: Job) -> list[tuple[str, Spec]]:
         return [("finetune", run_spec(job.run))]
     rules = jobs.RULES[job.run.method]
     return [("evaluation", run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules]
+
+
+def _all_of(job: Job) -> list[tuple[str, Spec]]:
+    """(kind, spec) of a job's results and of those on the way to them."""
+    spec = run_spec(job.run, bits=job.bits)
+    way = ["quantization"] if job.bits and job.bits < 16 else []
+    way += ["threshold"] if job.bits and job.run.routed else []
+    return [*_results_of(job), *((kind, spec) for kind in way)]
 
 
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:

@@ -27,15 +27,26 @@ AT_ONCE = 2
 
 
 def choose(only: str | None = None) -> list[Path]:
-    """The notebooks in the order of their execution; `only`: their numbers, such as "03,05"."""
+    """The notebooks in the order of their execution; `only`: their numbers, such as "03,05".
+
+    Raises:
+        UserError: if a part of `only` is empty or no number, or the number of no notebook.
+    """
     found = {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
-    wanted = [number.strip().zfill(2) for number in only.split(",")] if only else list(found)
+    wanted = list(found) if only is None else _numbers(only)
     unknown = [number for number in wanted if number not in found]
     if unknown:
         raise UserError(f"There is no notebook {', '.join(unknown)}; choose from {', '.join(found)}.")
     return [
         found[number] for number in sorted(set(wanted), key=lambda number: (number == SCOREBOARD, number))
     ]
+
+
+def _numbers(only: str) -> list[str]:
+    parts = [part.strip() for part in only.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f'--only (= "{only}") must be numbers with commas between them, such as 03,05.')
+    return [part.zfill(2) for part in parts]
 
 
 class Executions:
@@ -50,6 +61,11 @@ class Executions:
     def stale(self, notebooks: Iterable[Path]) -> list[Path]:
         """Those whose source, library, profile or results changed since, or whose products are gone."""
         return [path for path in notebooks if not self._up_to_date(path)]
+
+    def forget(self, notebooks: Iterable[Path]) -> None:
+        """Make them stale."""
+        for notebook in notebooks:
+            self._stamp(notebook).unlink(missing_ok=True)
 
     def _up_to_date(self, notebook: Path) -> bool:
         stamp = read_json(self._stamp(notebook))

@@ -48,13 +48,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended: "done", "failed" or "skipped" (something it builds on failed)."""
+    """How a task ended: "done", "failed" or "skipped" (something it builds on failed).
+
+    refused: it failed by a UserError, whose sentence is `error`.
+    """
 
     name: str
     status: str
     seconds: float = 0.0
     error: str = ""
     detail: str = ""
+    refused: bool = False
 
 
 @dataclass
@@ -244,7 +248,7 @@ def _attempt(work: Callable[..., Any], arguments: tuple[Any, ...], report: Calla
     try:
         work(*arguments, report)
     except UserError as error:
-        return str(error), ""
+        return str(error), "", True
     except Exception as error:
         return f"{type(error).__name__}: {error}", traceback.format_exc()
     return None

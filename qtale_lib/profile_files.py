@@ -47,10 +47,13 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class Settings:
-    """Settings merged layer upon layer, and for each key which file (or other source) set it."""
+    """Settings merged layer upon layer, and for each key which file (or other source) set it.
 
-    values: dict[str, Any] = field(default_factory=dict)
-    sources: dict[Keys, Path | str] = field(default_factory=dict)
+    Any two are equal: profiles are so by what they say, wherever it stands.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict, compare=False)
+    sources: dict[Keys, Path | str] = field(default_factory=dict, compare=False)
 
     def add(self, changes: dict[str, Any], source: Path | str) -> None:
         self.values = self._merged(self.values, changes, source, ())
@@ -71,8 +74,12 @@ class Settings:
         return next((self.sources[keys[:end]] for end in ends if keys[:end] in self.sources), None)
 
 
-def read_profile(model: type[Model], name_or_path: str | Path, overrides: dict[str, Any]) -> Model:
-    """The validated profile: its chain from the root down, then $QTALE_DATA_DIR, then the overrides."""
+def read_profile(
+    model: type[Model], name_or_path: str | Path, overrides: dict[str, Any]
+) -> tuple[Model, Settings]:
+    """The validated profile, and where it stands: its chain from the root down, then $QTALE_DATA_DIR, then
+    the overrides.
+    """
     path = _locate(name_or_path)
     settings = Settings()
     for layer, content in reversed(list(_chain(path))):
@@ -83,7 +90,7 @@ def read_profile(model: type[Model], name_or_path: str | Path, overrides: dict[s
     _refuse_taken_name(settings, path)
     _settle_places(settings)
     try:
-        return model.model_validate(settings.values)
+        return model.model_validate(settings.values), settings
     except ValidationError as error:
         raise UserError(_sentence(model, settings, path, error)) from None
 
@@ -125,7 +132,7 @@ def _chain(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 def _parent(child: Path, name: Any) -> Path:
     if not isinstance(name, str):
         raise UserError(
-            f"{child}: extends (= {_shown(name)}) must be a profile's name, a path ending in .yaml, or null."
+            f"{child}: extends (= {shown(name)}) must be a profile's name, a path ending in .yaml, or null."
         )
     try:
         return _locate(name, child.parent)
@@ -150,7 +157,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({type(error).__name__}); a profile is a YAML file in UTF-8."
         ) from None
     if not isinstance(content, dict | None):
-        raise UserError(f"{path} (= {_shown(content)}) must be a mapping: `key: value` on each line.")
+        raise UserError(f"{path} (= {shown(content)}) must be a mapping: `key: value` on each line.")
     return content or {}
 
 
@@ -207,11 +214,11 @@ def _sentence(model: type[BaseModel], settings: Settings, path: Path, error: Val
     elif first["type"] == "extra_forbidden":
         allowed = ", ".join(_section(model, parents).model_fields)
         hint = _did_you_mean_key(model, keys)
-        complaint = f"{name} (= {_shown(value)}) is no key of a profile{hint}; allowed there are {allowed}"
+        complaint = f"{name} (= {shown(value)}) is no key of a profile{hint}; allowed there are {allowed}"
     else:
         allowed = _allowed(model, keys, first["msg"])
         hint = _did_you_mean(value, re.findall(r"\w+", allowed)) if isinstance(value, str) else ""
-        complaint = f"{name} (= {_shown(value)}) must be {allowed}{hint}"
+        complaint = f"{name} (= {shown(value)}) must be {allowed}{hint}"
     return f"{settings.source(keys) or path}: {complaint}."
 
 
@@ -261,7 +268,7 @@ def _did_you_mean(value: str, options: list[str]) -> str:
     return f" (did you mean {near[0]})" if near else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The value as YAML would have it, shortened."""
     try:
         text = json.dumps(value, default=str, ensure_ascii=False)

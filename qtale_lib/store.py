@@ -11,12 +11,16 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+DAY = 24 * 3600.0  # seconds; no writer of one file lives that long
 
 
 def canonical(value: Any) -> str:
@@ -53,6 +57,26 @@ def write_json(path: Path, value: Any) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that writers killed a day ago, or earlier, left in a folder or below it."""
+    for path in folder.rglob(".*.json.????????"):
+        with contextlib.suppress(FileNotFoundError):  # another process sweeps too
+            if path.stat().st_mtime < time.time() - DAY:
+                path.unlink()
+
+
+def discard(folder: Path) -> None:
+    """Empty a folder, if it is there; each thing in it goes at one stroke, so none is ever half there."""
+    if not folder.is_dir():
+        return
+    aside = folder / ".discarded"  # within, as the folder may be a link or a mount
+    aside.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path != aside:
+            path.rename(aside / str(uuid.uuid4()))
+    shutil.rmtree(aside)
 
 
 def read_json(path: Path) -> Any:
@@ -116,6 +140,12 @@ class Store:
         result = {"schema": SCHEMA, "kind": kind, "key": key, "status": "done", **parts}
         write_json(self.path(kind, name, key), result)
         return result
+
+    def remove(self, kind: str, name: str, key: str) -> None:
+        """Remove a result, if it is there, then its files: what a kill leaves never counts as finished."""
+        self.path(kind, name, key).unlink(missing_ok=True)
+        if (files := self.files(kind, name, key)).exists():
+            shutil.rmtree(files)
 
     def lock(self, kind: str, name: str, key: str) -> contextlib.AbstractContextManager[None]:
         """The lock under which one result is computed; look again for the result after taking it."""

@@ -73,5 +73,5 @@ def run_here(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: Wa
             task.work(*task.arguments, lambda share: None)
             outcomes[task.name] = Outcome(task.name, "done")
         except UserError as error:
-            outcomes[task.name] = Outcome(task.name, "failed", error=str(error))
+            outcomes[task.name] = Outcome(task.name, "failed", error=str(error), refused=True)
     return list(outcomes.values())

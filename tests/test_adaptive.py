@@ -614,6 +614,9 @@ def test_what_cannot_be_routed_is_refused_with_a_sentence():
         make_routed(attention="flex_attention")(tokens())
     with pytest.raises(UserError, match="θ"):
         set_threshold(make_routed(), 1.0)
+    for text in ("0.3", None):
+        with pytest.raises(UserError, match=rf"θ is {text!r}: it must be a number"):
+            set_threshold(make_routed(), text)
     with pytest.raises(NotImplementedError, match="dropout"):
         make_routed(attention_dropout=0.1).train()(tokens())
 

@@ -17,6 +17,7 @@ from qtale_lib.jobs import all_jobs
 from qtale_lib.lab import Lab
 from qtale_lib.progress import PlainWatcher, span
 from qtale_lib.provenance import ROOT
+from qtale_lib.store import discard
 
 
 def qtale(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -36,6 +37,7 @@ def qtale(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     [
         (["run", "--profile", "nope"], "nope is no profile's name"),
         (["run", "--profile", "smoke", "--only", "42"], "There is no notebook 42"),
+        (["run", "--profile", "smoke", "--only", ","], '--only (= ",") must be numbers'),
         (["run", "--profile", "smoke", "--data-dir", "/nowhere"], "/nowhere"),
         (["train", "chess", "full"], "chess"),
         (["calibrate", "arc_easy", "full"], "A full model has no routers"),
@@ -49,6 +51,53 @@ def test_what_a_user_can_cause_is_one_sentence_and_code_2(tmp_path, arguments, s
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.fixture
+def earlier(tmp_path, monkeypatch) -> list[Path]:
+    """Files of an earlier run of smoke: a result, an executed notebook, a figure."""
+    monkeypatch.setenv("QTALE_RESULTS_DIR", str(tmp_path / "results"))
+    monkeypatch.setenv("QTALE_FIGURES_DIR", str(tmp_path / "figures"))
+    places = ("results/smoke/store/finetune/a.json", "results/smoke/notebooks/01.json", "figures/smoke/a.pdf")
+    for place in places:
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text("{}")
+    return [tmp_path / place for place in places]
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--data-dir", "empty"], ["--only", ","], ["--only", "42"], ["--data-dir", "none"]]
+)
+def test_fresh_removes_nothing_before_everything_is_checked(earlier, tmp_path, wrong):
+    (tmp_path / "empty").mkdir()
+    given = [str(tmp_path / word) if word in ("empty", "none") else word for word in wrong]
+    done = qtale("run", "--profile", "smoke", "--fresh", *given)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert all(path.exists() for path in earlier)
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [({}, 0), ({"only": "01"}, 3), ({"fresh": False}, 3), ({"only": "01", "fresh": False}, 3)],
+)
+def test_fresh_forgets_the_profile_and_with_only_what_is_asked_for(earlier, monkeypatch, given, left):
+    reached = []
+    monkeypatch.setattr(cli, "_compute", lambda *_: reached.append("runs") or [])
+    monkeypatch.setattr(cli, "_execute", lambda *_: reached.append("notebooks") or [])
+    stamp = notebooks.Executions(Lab("smoke"), {})._stamp(notebooks.choose("01")[0])
+    stamp.write_text("{}")
+    cli.run("smoke", **{"fresh": True, **given})
+    assert reached == ["runs", "notebooks"]
+    assert sum(path.exists() for path in earlier) == left
+    assert stamp.exists() == ("fresh" in given)
+
+
+def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
+    (tmp_path / "there" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    discard(tmp_path / "link")
+    discard(tmp_path / "nowhere")
+    assert list((tmp_path / "link").iterdir()) == [] and (tmp_path / "link").is_symlink()
+
+
 def test_status_counts_what_is_there(tmp_path):
     done = qtale("status", "--profile", "smoke", QTALE_RESULTS_DIR=str(tmp_path))
     assert done.returncode == 0 and "fine-tunings         0 of 6" in done.stdout
@@ -59,6 +108,15 @@ def test_notebooks_are_chosen_by_number_and_the_scoreboard_goes_last():
     assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 8
     with pytest.raises(UserError, match="There is no notebook 09"):
         notebooks.choose("09")
+
+
+@pytest.mark.parametrize("only", ["", ",", "3,", "3,,5", "3,x", "03_figures", "-1", "1.5", "3 5"])
+def test_what_is_no_number_of_a_notebook_is_refused(only):
+    with pytest.raises(UserError) as refused:
+        notebooks.choose(only)
+    assert str(refused.value) == (
+        f'--only (= "{only}") must be numbers with commas between them, such as 03,05.'
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,6 +189,15 @@ def test_a_failure_ends_in_code_1_and_its_whole_error_is_kept(lab, capsys):
     assert ended.value.exit_code == 1
     assert "FAILED train x: no good" in shown.out and "train y" not in shown.out and "runs" in shown.out
     assert "Traceback ..." in (lab.directory / "failures.txt").read_text()
+
+
+@pytest.mark.parametrize(("others", "code"), [([], 2), [[cli.Outcome("train y", "failed", error="boom")], 1]])
+def test_what_was_refused_alone_ends_in_code_2(lab, others, code):
+    failed = [cli.Outcome("train x", "failed", error="do this instead", refused=True), *others]
+    failed.append(cli.Outcome("evaluate x", "skipped", error="what it builds on failed"))
+    with pytest.raises(cli.typer.Exit) as ended:
+        cli._finish(lab, failed, cli.Stopclock())
+    assert ended.value.exit_code == code
 
 
 def test_an_unfinished_profile_is_not_published(lab):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,11 @@ from small_run import llama, profile, save_base
 
 from qtale_lib import jobs, pool
 from qtale_lib import lab as lab_module
-from qtale_lib.base import check_group_size
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run
 from qtale_lib.lab import Lab
 from qtale_lib.pool import Outcome, Task, run_tasks
+from qtale_lib.preflight import check
 from qtale_lib.progress import Forecast, PlainWatcher
 from qtale_lib.provenance import Stopwatch
 from qtale_lib.store import Store, digest, locked, read_json, write_json
@@ -63,6 +64,20 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_removes_what_killed_writers_left_and_nothing_else(tmp_path):
+    lab = Lab(profile(), tmp_path)
+    names = {"of a living writer": ".x.json.abcd1234", "stale": ".y.json.abcd1234", "result": "y.json"}
+    paths = {what: lab.store.root / "finetune" / name for what, name in names.items()}
+    paths["of a notebook, stale"] = lab.directory / "notebooks" / ".01.json.abcd_123"
+    for what, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{")
+        if what != "of a living writer":
+            os.utime(path, (time.time() - 90_000,) * 2)
+    lab.compute([])
+    assert {what for what, path in paths.items() if path.exists()} == {"of a living writer", "result"}
 
 
 @settings(max_examples=30, deadline=None)
@@ -132,6 +147,7 @@ def test_a_failing_and_a_killed_task_take_only_what_builds_on_them(tmp_path):
     assert log.read_text().split() == ["first", "second"]
     assert "ValueError: no good" in outcomes["fails"].error and "Traceback" in outcomes["fails"].detail
     assert (outcomes["refuses"].error, outcomes["refuses"].detail) == ("do this instead", "")
+    assert [name for name, outcome in outcomes.items() if outcome.refused] == ["refuses"]
     assert "-9" in outcomes["dies"].error
     assert ("first", 0.5) in watcher.shares
 
@@ -306,7 +322,8 @@ def test_base_facts_are_those_of_the_files(tmp_path, base):
 
 @pytest.mark.parametrize("size", [1, 2, 16, 32, -1])
 def test_a_group_size_that_divides_every_layer_is_taken(tmp_path, base, size):
-    check_group_size(Lab(profile(base), tmp_path).base(), size)
+    lab = Lab(profile(base, group_size=size), tmp_path)
+    check(lab, jobs.all_jobs(lab.profile))
 
 
 def test_another_group_size_is_refused_before_any_work(tmp_path, base):
@@ -397,6 +414,23 @@ def test_a_lost_and_a_cut_off_result_are_computed_again_and_nothing_else(compute
     assert [json.loads(path.read_text())["value"] for path in (lost, cut)] == values
 
 
+def test_what_is_forgotten_is_computed_again_and_nothing_else(computed, in_process, tmp_path):
+    shutil.copytree(computed.directory, tmp_path / computed.profile.name)
+    lab = Lab(computed.profile, tmp_path)
+
+    def there() -> set[tuple[str, str]]:
+        return {(path.parent.name, path.name.split("-")[0]) for path in lab.store.root.glob("*/*.*-*")}
+
+    before = there()
+    lab.forget([Job(Run("arc_easy", "qtale", 0), 4)])
+    name = "arc_easy.qtale.s0.b4"
+    evaluations = {("evaluation", f"{name}.{rule}") for rule in jobs.RULES["qtale"]}
+    assert before - there() == {("quantization", name), ("threshold", name), *evaluations}
+    outcomes = lab.compute(jobs.all_jobs(lab.profile))
+    assert [outcome.name for outcome in outcomes] == ["evaluate arc_easy.qtale.s0 at 4 bit"]
+    assert there() == before
+
+
 def test_a_further_seed_computes_only_itself(computed, in_process):
     lab = anew(computed, seeds=(0, 1), methods=("full",), bits=(16,))
     outcomes = lab.compute(jobs.all_jobs(lab.profile))
@@ -405,7 +439,8 @@ def test_a_further_seed_computes_only_itself(computed, in_process):
 
 
 def test_what_fails_is_named_and_the_rest_is_computed(tmp_path, base, in_process, monkeypatch, capsys):
-    settings = profile(base, tasks=["arc_easy", "alpaca"], methods=["full"], bits=[16], max_length=19)
+    # 21 tokens hold an ARC row but for its end of text, which the preflight does not count
+    settings = profile(base, tasks=["arc_easy", "alpaca"], methods=["full"], bits=[16], max_length=21)
     outcomes = {o.name: o for o in Lab(settings, tmp_path).compute(jobs.all_jobs(settings))}
     bad = outcomes["fine-tune arc_easy.full.s0"]
     assert bad.status == "failed" and "No training row of arc_easy fits" in bad.error

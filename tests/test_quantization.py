@@ -206,6 +206,14 @@ def test_texts_kept_and_dropped_are_counted():
         tokenize(TOKENIZER, ["w4 " * 30], max_length=10)
 
 
+@pytest.mark.parametrize("texts", ["one text", ["w1", 2], b"w1", 3])
+def test_what_is_no_list_of_texts_is_refused_before_any_work(texts):
+    model = tiny_llama(len(TOKENIZER))
+    with pytest.raises(UserError, match=r"^texts \(\w+\) must be a list of texts; "):
+        quantize(model, TOKENIZER, texts, bits=4, group_size=16)
+    assert not hasattr(model, "quantization")
+
+
 # --- folding
 
 

@@ -55,12 +55,14 @@ def quantize(
         lm_head_bits: 16 leaves lm_head alone; others round it to nearest.
         max_length: longer texts, in tokens, are left out and counted, as are empty ones.
     Raises:
-        UserError: for an unmerged LoRA, an unknown model family, settings that do not fit, or no texts.
+        UserError: for an unmerged LoRA, an unknown model family, settings that do not fit, no texts, or
+            texts that are no list of texts.
     """
     report = QuantizationReport(method, backend, bits, group_size, lm_head_bits)
     check_quantizable(model, report)
     if method == "awq" and (tokenizer is None or texts is None):
         raise UserError("AWQ calibrates on text; pass a tokenizer and a list of texts, or use method='rtn'.")
+    texts = None if texts is None else _listed(texts)
     report.model_sha256 = model_hash(model)
     if is_routed(model):
         report.threshold = model.model.routing.theta
@@ -71,6 +73,13 @@ def quantize(
             _search_with_autoawq(model, rows, report)
         search_model(model, rows, report)
     return apply_report(model, report)
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    listed = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [None]
+    if not all(isinstance(text, str) for text in listed):
+        raise UserError(f"texts ({type(texts).__name__}) must be a list of texts; put a single one into [ ].")
+    return listed
 
 
 def _search_with_autoawq(model: nn.Module, rows: list[list[int]], report: QuantizationReport) -> None:

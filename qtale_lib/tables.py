@@ -8,11 +8,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from qtale_lib.config import LABELS
 from qtale_lib.provenance import ROOT
+from qtale_lib.store import read_json
+
+if TYPE_CHECKING:
+    from qtale_lib.lab import Lab
 
 NOT_RUN = "not run"
 LATEX = {
@@ -113,28 +118,58 @@ def of_numbers(
     return Table(name, caption, text.astype(str), frame, keys, notes)
 
 
-def beside_reference(table: Table, profile: str, root: Path = ROOT) -> Table:
+def beside_reference(table: Table, lab: Lab, root: Path = ROOT) -> Table:
     """Every number of a table beside the committed reference run's: here | reference | difference.
 
-    Without a reference of that profile there is only a note that says so.
+    Without a reference of the lab's profile there is only a note that says so; where the reference was made
+    with other settings or another base, the note says with which.
     """
-    path = root / "results" / "reference" / profile / "tables" / f"{table.name}.csv"
+    profile = lab.profile.name
+    folder = root / "results" / "reference" / profile
+    path = folder / "tables" / f"{table.name}.csv"
     if not path.is_file():
         note = f"No reference run of profile {profile} is committed."
         return replace(table, text=pd.DataFrame(), frame=pd.DataFrame(), notes=(note,))
     frame = _compared(table.frame, pd.read_csv(path), list(table.keys))
     shown = {name: frame[name].map("{:.4g}".format) for name in ("here", "reference", "difference")}
-    note = "The reference is a committed run of the same profile; its provenance lies beside it."
+    note = _reference_note(lab, read_json(folder / "provenance.json"))
     caption = f"{table.caption}: here beside the committed reference run"
     return replace(table, caption=caption, text=frame.assign(**shown), frame=frame, notes=(note,))
+
+
+def _reference_note(lab: Lab, provenance: Any) -> str:
+    if not isinstance(provenance, dict) or not {"profile", "base"} <= set(provenance):
+        return "The reference is a committed run of a profile of this name, with settings that are not known."
+    if other := _other_settings(lab, provenance):
+        return (
+            "The reference is a committed run of a profile of this name, but differs from this one in "
+            f"{', '.join(other)}: so may its numbers; its provenance lies beside it."
+        )
+    return "The reference is a committed run of the same profile; its provenance lies beside it."
+
+
+def _other_settings(lab: Lab, provenance: dict[str, Any]) -> list[str]:
+    """Dotted keys of the profile with other values in the reference; "base" for other weights alone."""
+    here, there = _dotted(lab.profile.model_dump(mode="json")), _dotted(provenance["profile"])
+    other = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+    same_base = lab.base()["sha256"] == provenance["base"]["sha256"]
+    names = [key for key in other if key not in (*LABELS, "base", "revision")]
+    return names if same_base else ["base", *names]
+
+
+def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in settings.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _compared(here: pd.DataFrame, reference: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """The numbers of both frames in long form, matched on their keys."""
     numbers = [name for name in here.select_dtypes("number") if name in reference and name not in keys]
     long = [
-        frame.astype(dict.fromkeys(keys, str)).melt(keys, numbers, "quantity", name)
+        frame.astype(dict.fromkeys(keys, str)).melt(keys, numbers, "column", name)
         for frame, name in ((here, "here"), (reference, "reference"))
     ]
-    both = long[0].merge(long[1], on=[*keys, "quantity"]).dropna(subset=["here", "reference"])
+    both = long[0].merge(long[1], on=[*keys, "column"]).dropna(subset=["here", "reference"])
     return both.assign(difference=both.here - both.reference)

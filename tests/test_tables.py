@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,9 @@ import pytest
 from fake_lab import FakeLab
 
 from qtale_lib import claims, efficiency, efficiency_tables, layer_tables, paper, results, tables
+from qtale_lib.config import load_profile
 from qtale_lib.measurements import Measurements
+from qtale_lib.store import write_json
 from qtale_lib.tables import NOT_RUN, Table, number, with_errors
 
 SMALL = {"tasks": ["arc_easy", "alpaca"], "bits": [16, 4], "questions": 60}
@@ -196,11 +200,47 @@ def test_reference_run_beside(tmp_path):
         {"task": ["piqa", "mmlu"], "bits": [4, 4], "value": [80.0, 70.0], "verdict": ["x", "y"]}
     )
     table = tables.of_numbers("t", "T", frame, ("task", "bits"))
-    assert "No reference run of profile tiny" in tables.beside_reference(table, "tiny", tmp_path).notes[0]
+    lab = reader()
+    assert "No reference run of profile tiny" in tables.beside_reference(table, lab, tmp_path).notes[0]
     directory = tmp_path / "results" / "reference" / "tiny" / "tables"
     tables.save(
         tables.of_numbers("t", "T", frame.assign(value=[81.0, 70.5], verdict="z")[:1], ("task", "bits")),
         directory,
     )
-    beside = tables.beside_reference(table, "tiny", tmp_path).frame
+    beside = tables.beside_reference(table, lab, tmp_path).frame
     assert beside[["task", "here", "reference", "difference"]].values.tolist() == [["piqa", 80.0, 81.0, -1.0]]
+
+
+def reader(sha256: str = "a", **overrides: Any) -> SimpleNamespace:
+    """What a comparison with the reference reads of a lab of tiny."""
+    return SimpleNamespace(profile=load_profile("tiny", **overrides), base=lambda: {"sha256": sha256})
+
+
+SAME = "The reference is a committed run of the same profile; its provenance lies beside it."
+OTHER = "The reference is a committed run of a profile of this name, but differs from this one in {}: so may "
+
+
+@pytest.mark.parametrize(
+    ("lab", "note"),
+    [
+        (reader(), SAME),
+        (reader(name="tiny", extends="smoke"), SAME),
+        (reader("b"), OTHER.format("base")),
+        (reader(seeds=2, data_dir="."), OTHER.format("data_dir, seeds")),
+        (reader("b", bits=[4], training={"lr": 1.0}), OTHER.format("base, bits, training.lr")),
+    ],
+)
+def test_the_note_says_in_what_the_reference_differs(tmp_path, lab, note):
+    table = tables.of_numbers("t", "T", pd.DataFrame({"task": ["piqa"], "value": [80.0]}), ("task",))
+    folder = tmp_path / "results" / "reference" / "tiny"
+    tables.save(table, folder / "tables")
+    assert "settings that are not known" in tables.beside_reference(table, lab, tmp_path).notes[0]
+    told = {"profile": reader().profile.model_dump(mode="json"), "base": {"sha256": "a"}}
+    write_json(folder / "provenance.json", told)
+    assert tables.beside_reference(table, lab, tmp_path).notes[0].startswith(note)
+
+
+def test_a_table_of_quantities_is_compared_with_the_committed_reference():
+    beside = tables.beside_reference(layer_tables.noise_table(), reader("b"))
+    assert beside.notes[0].startswith(OTHER.format("base"))
+    assert set(beside.frame.column) == {"measured", "closed form"} and len(beside.frame) > 4

@@ -1,6 +1,6 @@
 """torch's matrix products on 4-bit weights: what they need, their layouts, and the way back.
 
-Both kernels take bfloat16 activations and, per group, (step, (8 − zero) · step) in bfloat16; the layout of the
+Both take bfloat16 activations and, per group, (step, (8 − zero) · step) in bfloat16; the layout of the
 weights differs by processor. It is not written down here but read off the kernel once: numbers whose place is
 known are packed, and a random weight must come back. Where it does not, or the kernel is missing, there is no
 kernel and weights are dequantised instead.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 GROUPS = (32, 64, 128, 256)  # weights per step that both kernels know
 # Above so many tokens dequantising pays off: `python -m qtale_lib.quantization.kernel_timing`.
-CPU_TOKENS = 40
+CPU_TOKENS = 64
 CUDA_TOKENS = 64  # not measured
 
 
@@ -33,14 +33,14 @@ class Int4Kernel:
     tokens: int  # up to so many it is faster than dequantising
     row_multiple: int
 
-    def __init__(self, codes: Tensor, steps: Tensor, zeros: Tensor):
-        """Codes uint8 [out, in], steps and zeros [out, in/group]."""
-        self.rows, self.width = codes.shape
-        self.group = self.width // steps.shape[1]
+    def __init__(self, codes: Callable[[slice], Tensor], width: int, steps: Tensor, zeros: Tensor):
+        """`codes` gives uint8 [rows, width] of a slice of the rows; steps and zeros [out, width/group]."""
+        self.rows, self.width = len(steps), width
+        self.group = width // steps.shape[1]
         steps = steps.float()
         pairs = torch.stack((steps, (8 - zeros.float()) * steps), -1).bfloat16()  # [out, in/group, 2]
         self.pairs = self._padded(pairs).transpose(0, 1).contiguous()  # -> [in/group, out, 2]
-        self.packed = self._pack(self._padded(codes))
+        self.packed = self._pack(codes)
 
     def _padded(self, rows: Tensor) -> Tensor:
         """Rows of zeros up to the multiple of rows that the kernel packs together."""
@@ -52,7 +52,7 @@ class CpuKernel(Int4Kernel):
     """`_weight_int4pack_mm_for_cpu`: blocks of rows (64 with AVX-512), stored column by column."""
 
     tokens = CPU_TOKENS
-    chunk = 2**22  # weights converted at once: the conversion reads them as int32
+    chunk = 2**18  # weights converted at once, through int32: small enough to leave no holes in the heap
 
     @property
     def row_multiple(self) -> int:
@@ -62,14 +62,15 @@ class CpuKernel(Int4Kernel):
     def available(width: int, device: torch.device) -> bool:
         return width % 32 == 0 and _cpu_row_order() is not None
 
-    def _pack(self, codes: Tensor) -> Tensor:
-        """[out, in] -> [out/block, in, block/2]."""
+    def _pack(self, codes: Callable[[slice], Tensor]) -> Tensor:
+        """-> uint8 [out/block, in, block/2]."""
         block = self.row_multiple
-        packed = codes.new_empty(len(codes) // block, self.width, block // 2)
-        step = max(1, self.chunk // (self.width * block)) * block
-        for start in range(0, len(codes), step):
-            part = _convert_on_cpu(codes[start : start + step]).view(-1, *packed.shape[1:])
-            packed[start // block : start // block + len(part)] = part
+        packed = self.pairs.new_empty(-(-self.rows // block), self.width, block // 2, dtype=torch.uint8)
+        blocks = max(1, self.chunk // (self.width * block))
+        for start in range(0, len(packed), blocks):
+            part = packed[start : start + blocks]
+            rows = codes(slice(start * block, min((start + len(part)) * block, self.rows)))
+            part.copy_(_convert_on_cpu(self._padded(rows)).view_as(part))
         return packed
 
     def codes(self, start: int = 0, stop: int | None = None) -> Tensor:
@@ -102,8 +103,8 @@ class CudaKernel(Int4Kernel):
             return False
         return torch.cuda.get_device_capability(device) >= (8, 0) and _tile_order(width, device) is not None
 
-    def _pack(self, codes: Tensor) -> Tensor:
-        return _convert_on_cuda(codes, _inner_tiles(self.width))
+    def _pack(self, codes: Callable[[slice], Tensor]) -> Tensor:
+        return _convert_on_cuda(self._padded(codes(slice(0, self.rows))), _inner_tiles(self.width))
 
     def codes(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start` (a multiple of 8) to `stop` as uint8 [rows, in]."""

@@ -1,6 +1,6 @@
 """From how many tokens on dequantising beats the int4 kernel: what `int4_kernels.CPU_TOKENS` rests on.
 
-    OMP_NUM_THREADS=1 python -m qtale_lib.quantization.kernel_timing      # half a minute
+OMP_NUM_THREADS=1 python -m qtale_lib.quantization.kernel_timing      # half a minute
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOKENS = (1, 4, 16, 24, 32, 40, 48, 64, 96, 128, 512)
 def switch_over(
     out: int = 2048, width: int = 2048, group: int = 128, tokens: Iterable[int] = TOKENS
 ) -> list[dict[str, float]]:
-    """Milliseconds (the best of 15, as timeit has it) of one packed bfloat16 layer [out, width] both ways, by tokens.
+    """Milliseconds (best of 15) of one packed bfloat16 layer [out, width] both ways, by tokens.
 
     Keys: tokens, kernel, dequantised, and float, the same layer with bfloat16 weights.
     """

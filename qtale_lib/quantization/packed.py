@@ -1,8 +1,8 @@
 """From a fake-quantized model to one that holds packed weights only.
 
-    quantize(model, tokenizer, texts, bits=3)
-    pack(model)                                # the same numbers in 3 bits
-    save_packed(model, "small", tokenizer)     # packed_files.py
+quantize(model, tokenizer, texts, bits=3)
+pack(model)                                # the same numbers in 3 bits
+save_packed(model, "small", tokenizer)     # packed_files.py
 """
 
 from __future__ import annotations

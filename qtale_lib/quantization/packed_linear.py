@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qtale_lib.quantization.bitpack import pack_codes, packed_width, unpack_codes
-from qtale_lib.quantization.int4_kernels import Int4Kernel, kernel_class
+from qtale_lib.quantization.int4_kernels import kernel_class
 
 CHUNK = 2**20  # weights dequantised at once: their float32 values stay in a processor's cache
 
@@ -93,7 +93,7 @@ class PackedLinear(nn.Module):
         fits = self.bits == 4 and self.dtype == torch.bfloat16 and self.kernel is None
         kernel = kernel_class(device, self.group, self.in_features) if fits else None
         if kernel is not None:
-            self.kernel = kernel(self.unpacked(), self.steps, self.zero_points())
+            self.kernel = kernel(self._unpacked, self.in_features, self.steps, self.zero_points())
             self.codes = None
         return self
 

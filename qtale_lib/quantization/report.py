@@ -36,7 +36,7 @@ class QuantizationReport:
     [out, in/group] (by linear) are the search result.
     `unchosen_layers`: layers that no router decision executed, calibrated on all tokens instead
     (statistics.py).
-    `grids`: by linear, what its rounded weights lie on, for `pack`; not saved, since it follows from the rest.
+    `grids`: by linear, what its rounded weights lie on, for `pack`; not saved: it follows from the rest.
     """
 
     method: str

@@ -21,6 +21,7 @@ from qtale_lib.quantization import quantize
 from qtale_lib.quantization.awq_export import awq_tensors, export_awq
 from qtale_lib.quantization.packed import pack, packed_bytes, packed_linears
 from qtale_lib.quantization.packed_files import CONFIG, RECORD, TENSORS, load_packed, save_packed
+from qtale_lib.quantization.packed_size import packed_file_bytes
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -128,6 +129,19 @@ def test_loading_adds_little_more_memory_than_the_file_has_bytes(bits, tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= 1.15, done.stdout
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("routed", [False, True], ids=["plain", "routed"])
+@pytest.mark.parametrize(("bits", "group", "head", "steps"), [(4, 32, 16, "float16"), (3, -1, 4, "float32")])
+def test_the_files_bytes_are_known_before_there_is_a_file(family, routed, bits, group, head, steps, tmp_path):
+    model = make_model(family, torch.bfloat16, routed, tied=head == 4)
+    config, routers = model.config.to_dict(), routing_state(model).config if routed else None
+    quantize(model, method="rtn", bits=bits, group_size=group, lm_head_bits=head)
+    save_packed(pack(model, getattr(torch, steps)), tmp_path)
+    size = packed_file_bytes(config, bits, group, head, routers, step_dtype=steps)
+    assert size["tensors"] == packed_bytes(model)
+    assert size["total"] == packed_bytes(tmp_path)
 
 
 # --- what is refused

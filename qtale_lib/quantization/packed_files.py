@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qtale_lib.adaptive import RouterConfig, add_routers, routing_state, set_threshold
 from qtale_lib.errors import UserError
@@ -128,28 +128,37 @@ def _check_digests(directory: Path, record: dict[str, Any]) -> None:
 
 
 def _empty_model(directory: Path, record: dict[str, Any]) -> PreTrainedModel:
-    """The model with its packed layers and routers, and no memory behind any of it."""
+    """The model that `record` and the folder's config describe, and the quantizer's report in it."""
     config = AutoConfig.from_pretrained(directory)
     try:
-        dtype = getattr(torch, record["dtype"])
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            _empty_layers(model, record, dtype)
-            if record["routers"] is not None:
-                add_routers(model, RouterConfig(**record["routers"]))
-                set_threshold(model, record["threshold"])
+        model = empty_model(config, record, lambda _: record["layers"])
         model.quantization = QuantizationReport(**record["quantizer"])
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         raise UserError(f"{directory / RECORD} does not fit {CONFIG} or is damaged; {AGAIN}.") from None
     return model
 
 
-def _empty_layers(model: nn.Module, record: dict[str, Any], dtype: torch.dtype) -> None:
-    steps = getattr(torch, record["step_dtype"])
-    for name, layer in record["layers"].items():
-        old = model.get_submodule(name)
-        sizes = (old.in_features, old.out_features, layer["bits"], layer["group"])
-        model.set_submodule(name, PackedLinear(*sizes, old.bias is not None, dtype, steps))
+def empty_model(
+    config: PreTrainedConfig, record: dict[str, Any], layers: Callable[[nn.Module], dict[str, dict[str, int]]]
+) -> PreTrainedModel:
+    """A model with packed layers and routers, and no memory behind any of it.
+
+    Args:
+        record: dtype, step_dtype, routers and threshold, as in packed.json.
+        layers: from the model without packed layers, {name: {"bits": …, "group": …}} of those to be packed.
+    """
+    dtype = getattr(torch, record["dtype"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for name, layer in layers(model).items():
+            old = model.get_submodule(name)
+            sizes = (old.in_features, old.out_features, layer["bits"], layer["group"], old.bias is not None)
+            packed = PackedLinear(*sizes, dtype, getattr(torch, record["step_dtype"]))
+            model.set_submodule(name, packed)
+        if record["routers"] is not None:
+            add_routers(model, RouterConfig(**record["routers"]))
+            set_threshold(model, record["threshold"])
+    return model
 
 
 def _check_tensors(model: PreTrainedModel, path: Path) -> None:

@@ -5,8 +5,9 @@
     save_search(model.quantization, "search"); apply_search(the_same_float_model, "search")
 
 Only the linear weights of the decoder layers are quantized; routers, norms and embeddings keep 16 bits, and
-so does lm_head unless told otherwise. AWQ folds its scales into the norm *after* the point where a router
-reads the residual stream, so folding alone changes no route.
+so does lm_head unless told otherwise. `pack` (packed.py) then holds them in as many bits as they need. AWQ
+folds its scales into the norm *after* the point where a router reads the residual stream, so folding alone
+changes no route.
 """
 
 from collections.abc import Iterable

@@ -12,8 +12,14 @@ from qtale_lib.quantization.awq import (
     output_error,
     search_layer,
 )
-from qtale_lib.quantization.report import QuantizationReport
-from qtale_lib.quantization.rtn import BITS, check_grid, fake_quantize
+from qtale_lib.quantization.report import Grid, QuantizationReport
+from qtale_lib.quantization.rtn import (
+    BITS,
+    check_grid,
+    dequantize_groups,
+    fake_quantize,
+    quantize_groups,
+)
 from qtale_lib.quantization.statistics import READERS, InputStatistics, gather, layer_blocks
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -67,11 +73,12 @@ def apply_report(model: nn.Module, report: QuantizationReport) -> nn.Module:
     for i, layer in enumerate(model.model.layers):
         scales = _of_layer(report.scales, i, layer)
         for linear in folded_linears(layer, scales):
-            target = layer.get_submodule(linear.name).weight
-            target.data = _rounded(report, i, linear.name, linear.weight).to(target.dtype)
+            clipped = _clipped(report, i, linear.name, linear.weight)
+            _round_into(layer.get_submodule(linear.name), clipped, report, LAYER.format(i, linear.name))
         fold_into_producers(layer, scales)
     if report.lm_head_bits != 16:
-        _round_lm_head(model, report)
+        _untie_lm_head(model)
+        _round_into(model.lm_head, model.lm_head.weight.float(), report, "lm_head", report.lm_head_bits)
     model.quantization = report
     return model
 
@@ -126,9 +133,22 @@ def _measure(
 
 
 def _rounded(report: QuantizationReport, i: int, name: str, folded: Tensor) -> Tensor:
+    return fake_quantize(_clipped(report, i, name, folded), report.bits, report.group_size)
+
+
+def _clipped(report: QuantizationReport, i: int, name: str, folded: Tensor) -> Tensor:
     clip = report.clips.get(LAYER.format(i, name))
-    clipped = folded if clip is None else clip_weight(folded, clip.to(folded.device))
-    return fake_quantize(clipped, report.bits, report.group_size)
+    return folded if clip is None else clip_weight(folded, clip.to(folded.device))
+
+
+def _round_into(
+    linear: nn.Linear, weight: Tensor, report: QuantizationReport, name: str, bits: int | None = None
+) -> None:
+    """Give `linear` its `weight` [out, in] rounded, and the report the grid that it now lies on."""
+    bits = bits or report.bits
+    codes, step, zero = quantize_groups(weight, bits, report.group_size)
+    linear.weight.data = dequantize_groups(codes, step, zero).to(linear.weight.dtype)
+    report.grids[name] = Grid(step.squeeze(-1), zero.squeeze(-1).byte(), bits)
 
 
 def _kept_range(report: QuantizationReport, i: int, name: str, folded: Tensor) -> float | None:
@@ -146,9 +166,8 @@ def _of_layer(scales: dict[str, Tensor], i: int, layer: nn.Module) -> dict[str, 
     return {producer: scales[key].to(device) for producer, key in keys.items() if key in scales}
 
 
-def _round_lm_head(model: nn.Module, report: QuantizationReport) -> None:
-    """Round lm_head; a new parameter, since the embedding that it may share keeps 16 bits."""
+def _untie_lm_head(model: nn.Module) -> None:
+    """A parameter of its own for lm_head, since the embedding that it may share keeps 16 bits."""
     head = model.lm_head.weight
-    rounded = fake_quantize(head.float(), report.lm_head_bits, report.group_size).to(head.dtype)
-    model.lm_head.weight = nn.Parameter(rounded, requires_grad=head.requires_grad)
+    model.lm_head.weight = nn.Parameter(head.detach(), requires_grad=head.requires_grad)
     model.config.tie_word_embeddings = False

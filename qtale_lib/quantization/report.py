@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,17 @@ from torch import Tensor, nn
 from qtale_lib.errors import UserError
 
 TENSORS = ("scales", "clips")
+
+
+class Grid(NamedTuple):
+    """What a rounded linear's weights lie on: value = (code − zero) · step, computed in float32.
+
+    steps: float32 [out, in/group]; zeros: uint8 [out, in/group]; bits of a code.
+    """
+
+    steps: Tensor
+    zeros: Tensor
+    bits: int
 
 
 @dataclass
@@ -24,6 +36,7 @@ class QuantizationReport:
     [out, in/group] (by linear) are the search result.
     `unchosen_layers`: layers that no router decision executed, calibrated on all tokens instead
     (statistics.py).
+    `grids`: by linear, what its rounded weights lie on, for `pack`; not saved: it follows from the rest.
     """
 
     method: str
@@ -38,10 +51,12 @@ class QuantizationReport:
     linears: list[dict] = field(default_factory=list)
     scales: dict[str, Tensor] = field(default_factory=dict)
     clips: dict[str, Tensor] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
 
     def as_dict(self) -> dict:
         """Everything but the tensors, ready for JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TENSORS}
+        kept = (f.name for f in fields(self) if f.name not in (*TENSORS, "grids"))
+        return {name: getattr(self, name) for name in kept}
 
 
 def model_hash(model: nn.Module) -> str:

@@ -38,7 +38,11 @@ def quantize_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor,
 
 def fake_quantize(weight: Tensor, bits: int, group_size: int) -> Tensor:
     """`weight` [..., in] rounded to its groups' grids, same shape and dtype."""
-    codes, step, zero = quantize_groups(weight, bits, group_size)
+    return dequantize_groups(*quantize_groups(weight, bits, group_size))
+
+
+def dequantize_groups(codes: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """What `quantize_groups` returned, as weights [..., in]."""
     return ((codes - zero) * step).flatten(-2)
 
 

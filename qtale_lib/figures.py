@@ -67,7 +67,6 @@ STYLE = {
 }
 UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
 BAND = "bands: ± one standard error over questions"
-NO_BAND = "standard error over questions: not recorded"
 NOT_RUN = "not run in this profile"
 
 
@@ -239,8 +238,8 @@ def _flip_lines(axis: Axes, part: pd.DataFrame, label: str, style: dict) -> None
 def theta_curves(frame: pd.DataFrame) -> Figure:
     """Calibration score by theta, then the execution ratio: a row per group of tasks, a column per method.
 
-    `frame`: group, method, bits, theta, score, execution_ratio and, if known, stderr (of the score, over
-    questions; drawn as a band). The last row holds the ratios of all groups, one line for each bit width.
+    `frame`: group, method, bits, theta, score, execution_ratio, and stderr (of an accuracy, over questions;
+    drawn as a band). The last row holds the ratios of all groups, one line for each bit width.
     """
     if frame.empty:
         return empty()
@@ -263,7 +262,7 @@ def theta_curves(frame: pd.DataFrame) -> Figure:
 def _scores(axis: Axes, frame: pd.DataFrame, colour: str) -> None:
     for bits, part in frame.groupby("bits", sort=False):
         axis.plot(part.theta, part.score, color=colour, **_bits_look(bits))
-        if "stderr" in part:
+        if part.stderr.notna().all():
             band = (part.score - part.stderr, part.score + part.stderr)
             axis.fill_between(part.theta, *band, color=colour, alpha=0.15, linewidth=0)
 
@@ -287,8 +286,7 @@ def _label_rows(axes: np.ndarray, groups: list[str]) -> None:
 def _theta_legends(figure: Figure, frame: pd.DataFrame, groups: list[str]) -> None:
     """Above: the scores' bit widths, and what is known of their noise; below: the ratios' groups."""
     bits = [Line2D([], [], color="0.25", **_bits_look(bits)) for bits in sorted(frame.bits.unique())]
-    title = BAND if "stderr" in frame else NO_BAND
-    figure.legend(handles=bits, title=title, title_fontsize=7, loc="outside upper center", ncols=2)
+    figure.legend(handles=bits, title=BAND, title_fontsize=7, loc="outside upper center", ncols=2)
     styles = [{**style, "marker": "none"} for style in RANKED]
     ratios = [Line2D([], [], label=TASK_LABELS[g], **style) for g, style in zip(groups, styles, strict=False)]
     figure.legend(handles=ratios, loc="outside lower center", ncols=3)

@@ -174,23 +174,37 @@ class Measurements:
         return pd.concat(frames, ignore_index=True)[columns]
 
     def theta_curves(self) -> pd.DataFrame:
-        """The coarse phase of the θ searches (Sec. 3.4): group, method, bits, theta, score, execution_ratio.
+        """The coarse phase of the θ searches (Sec. 3.4): group, method, bits, theta, score, execution_ratio and
+        stderr.
 
         At the bits compared; means over tasks and seeds on calibration questions; scores are accuracies in
-        percent, or PPL.
+        percent, or PPL. stderr is the score's over questions, which all seeds of a task share (NaN for PPL).
         """
-        columns = ["group", "method", "bits", "theta", "score", "execution_ratio"]
-        searches = self.lab.thresholds()
+        columns = ["group", "method", "bits", "theta", "score", "execution_ratio", "stderr"]
         parts = [
-            pd.DataFrame(row.coarse).assign(group=group_of(row.task), method=row.method, bits=row.bits)
-            for row in searches.itertuples()
-            if row.bits in compared_bits(self.profile)
+            _theta_curve(search)
+            for search in self.lab.thresholds().itertuples()
+            if search.bits in compared_bits(self.profile)
         ]
         if not parts:
             return pd.DataFrame(columns=columns)
-        frame = pd.concat(parts)
-        frame["score"] *= np.where(frame.group == "alpaca", 1.0, 100.0)
-        return frame.groupby(columns[:4])[columns[4:]].mean().reset_index()
+        by_task = pd.concat(parts).groupby([*columns[:4], "task"]).mean()
+        frame = by_task.groupby(columns[:4]).agg(
+            score=("score", "mean"),
+            execution_ratio=("execution_ratio", "mean"),
+            stderr=("variance", lambda tasks: np.sqrt(tasks.sum(skipna=False)) / len(tasks)),
+        )
+        return frame.reset_index()
+
+
+def _theta_curve(search: Any) -> pd.DataFrame:
+    """One θ search's coarse curve; variance: of an accuracy in percent, over its questions."""
+    curve, group = pd.DataFrame(search.coarse)[["theta", "score", "execution_ratio"]], group_of(search.task)
+    curve = curve.assign(group=group, task=search.task, method=search.method, bits=search.bits)
+    if group == "alpaca":
+        return curve.assign(variance=np.nan)
+    spread = 100**2 * curve.score * (1 - curve.score) / len(search.ids)
+    return curve.assign(score=100 * curve.score, variance=spread)
 
 
 LISTED = ("ratio", "flip", "flip_expected", "gap", "abs_gap")

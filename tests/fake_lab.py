@@ -13,6 +13,7 @@ from qtale_lib import paper
 
 RULES = {"full": ("none",), "dllm": ("argmax", "searched", "zero"), "qtale": ("argmax", "searched", "zero")}
 LAYERS, ALWAYS_RUN, TOKENS, RESERVED = 8, 2, 4000, 400
+SEARCHED = 50  # calibration questions of a θ search
 THETA = {"none": None, "argmax": 0.5, "searched": 0.2, "zero": 0.0}
 CONFIG = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
@@ -161,8 +162,9 @@ class FakeLab:
 
     def thresholds(self) -> pd.DataFrame:
         runs = [run for run in self.finetunes().values.tolist() if run[1] != "full"]
-        rows = [(*run, bits, 0.2, self.coarse(*run, bits)) for run in runs for bits in self.profile.bits]
-        return pd.DataFrame(rows, columns=["task", "method", "seed", "bits", "theta", "coarse"])
+        ids = [f"q{index}" for index in range(SEARCHED)]
+        rows = [(*run, bits, 0.2, self.coarse(*run, bits), ids) for run in runs for bits in self.profile.bits]
+        return pd.DataFrame(rows, columns=["task", "method", "seed", "bits", "theta", "coarse", "ids"])
 
     def coarse(self, task: str, method: str, seed: int, bits: int) -> list[dict[str, float]]:
         noise = self.noise("theta", task, method, seed, bits)

@@ -198,15 +198,15 @@ def test_theta_curves_show_scores_by_group_and_then_ratios():
         assert sorted(map(tuple, line_points(column[-1], False))) == sorted(map(tuple, ratios))
 
 
-def test_the_noise_of_theta_curves_is_shown_or_said_to_be_unknown():
-    for data, said in ((THETA, figures.NO_BAND), (THETA.assign(stderr=3.0), figures.BAND)):
-        figure = figures.theta_curves(data)
-        assert figure.legends[0].get_title().get_text() == said
-        bands = figure.axes[0].collections
-        assert len(bands) == (len(set(THETA.bits)) if "stderr" in data else 0)
-    part = data[(data.group == "csqa") & (data.method == "dllm") & (data.bits == min(data.bits))]
+def test_theta_curves_show_the_noise_of_accuracies():
+    figure = figures.theta_curves(THETA.assign(stderr=3.0))
+    assert figure.legends[0].get_title().get_text() == figures.BAND
+    bands = figure.axes[0].collections
+    assert len(bands) == len(set(THETA.bits))
+    part = THETA[(THETA.group == "csqa") & (THETA.method == "dllm") & (THETA.bits == min(THETA.bits))]
     corners = bands[0].get_paths()[0].vertices[:, 1]
     assert (corners.min(), corners.max()) == pytest.approx((part.score.min() - 3, part.score.max() + 3))
+    assert not figures.theta_curves(THETA.assign(stderr=float("nan"))).axes[0].collections
 
 
 def test_overview_fills_memory_and_fades_with_execution():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fake_lab import LAYERS, FakeLab
+from fake_lab import LAYERS, SEARCHED, FakeLab
 
 from qtale_lib.measurements import Measurements, compared_bits, group_of, shown_epochs
 
@@ -112,9 +112,13 @@ def test_figure_task_is_arc_easy_where_there_is_one():
 
 def test_theta_curves_are_means_over_tasks_in_percent():
     lab = FakeLab(tasks=["piqa", "siqa", "alpaca"], bits=[16, 4])
-    curves = Measurements(lab).theta_curves().set_index(["group", "method", "bits", "theta"]).score
+    frame = Measurements(lab).theta_curves().set_index(["group", "method", "bits", "theta"])
+    curves = frame.score
     searches = lab.thresholds().set_index(["task", "method", "bits"]).coarse
     pair = [searches[task, "qtale", 4][1]["score"] for task in ("piqa", "siqa")]
     assert curves["csqa", "qtale", 4, 0.2] == pytest.approx(100 * np.mean(pair))
+    variances = [score * (1 - score) / SEARCHED for score in pair]
+    assert frame.stderr["csqa", "qtale", 4, 0.2] == pytest.approx(100 * np.sqrt(sum(variances)) / 2)
+    assert np.isnan(frame.stderr["alpaca", "qtale", 4, 0.2])
     assert curves["alpaca", "dllm", 16, 0.5] == searches["alpaca", "dllm", 16][4]["score"]
     assert Measurements(FakeLab(methods=["full"])).theta_curves().empty

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from qtale_lib.errors import UserError
 
 FREE = 2**62  # position of an empty slot: after every token, so no query sees it; exact as pad's float
-SPARE_SLOTS = 64  # room that a full row gains: decoding then copies old keys once in so many steps
+SPARE_SLOTS = 16  # room that a full row gains: decoding then copies old keys once in so many steps
 
 
 class EvictingLayer(DynamicLayer):
@@ -169,8 +169,10 @@ class ExecutedLayer(DynamicLayer):
         self._empty()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens of the sequence, -tokens_to_remove of them; costs a synchronisation."""
-        self.seen -= abs(tokens_to_remove)
+        """Forget the last -tokens_to_remove tokens of the sequence; costs a synchronisation."""
+        if tokens_to_remove > 0:
+            raise UserError(f"crop({tokens_to_remove}) keeps nothing known: pass minus the tokens to remove.")
+        self.seen = max(0, self.seen + tokens_to_remove)
         if self.positions is not None and tokens_to_remove:
             stays = self.positions < self.seen
             self.positions.masked_fill_(~stays, FREE)

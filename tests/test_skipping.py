@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from small_models import routed_llama, word_tokenizer
 from test_adaptive import (
     FAMILIES,
@@ -19,6 +20,7 @@ from test_adaptive import (
     tokens,
     undecided,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
 from qtale_lib.adaptive import (
@@ -184,6 +186,29 @@ def test_recorded_states_of_earlier_layers_stay():
         torch.testing.assert_close(skip, dense, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_some_layers_with_a_sliding_window(family):
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
+    model = make_routed(family, double=False, **window)
+    assert [layer.self_attn.sliding_window for layer in model.model.layers] == [None] * 3 + [4, 4]
+    mask = padding_mask([11, 7, 4], "left")
+    dense, skip = both(model, tokens(), attention_mask=mask)
+    assert_equal(dense, skip, mask.bool())
+    texts = []
+    for mode in ("dense", "skip"):
+        set_execution(model, mode)
+        texts.append(model.generate(tokens(), attention_mask=mask, **PLAIN, do_sample=False))
+    assert torch.equal(*texts)
+
+
+def test_unmerged_lora_inside_peft():
+    model = get_peft_model(make_routed(double=False), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    assert_equal(*both(model.eval(), tokens()), torch.ones(3, LENGTH, dtype=torch.bool))
+
+
 def test_training_stays_dense():
     model = make_routed(double=False).train()
     outcomes = []
@@ -259,6 +284,39 @@ def test_rows_that_execute_alike_need_no_mask(monkeypatch):
         set_threshold(model, 0.0)
         model(tokens(3))
     assert masks and all(mask is None for mask in masks)
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what waits for a GPU: numbers that go to the host, and results of unknown size."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = func in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+        self.count += waits
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_synchronisation_a_layer(batch, monkeypatch):
+    model, counts, to_list = make_routed(double=False), [], torch.Tensor.tolist
+    for mode in ("dense", "skip"):
+        set_execution(model, mode)
+        cache = DynamicCache()
+        for ids in (tokens(batch), tokens(batch, 2), tokens(batch, 1)):
+            with torch.no_grad(), Synchronisations() as seen, monkeypatch.context() as patch:
+
+                def listed(tensor, seen=seen):
+                    seen.count += 1
+                    return to_list(tensor)
+
+                patch.setattr(torch.Tensor, "tolist", listed)
+                model(ids, past_key_values=cache)
+            counts.append(seen.count)
+    for dense, skip in zip(counts[:3], counts[3:], strict=True):
+        assert skip == dense + 3
 
 
 @pytest.mark.parametrize("execution", ["auto", "dense", "skip"])
@@ -375,6 +433,8 @@ def test_choosing_repeating_and_cropping_rows():
     cropped = prefilled()
     cropped.crop(-4)
     assert cropped.get_seq_length() == 6
+    with pytest.raises(UserError, match="minus"):
+        cropped.layers[2].crop(4)
     goes_on(cropped, [0, 1, 2], 6)
     cropped.reset()
     assert cropped.get_seq_length() == 0

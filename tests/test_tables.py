@@ -204,3 +204,12 @@ def test_reference_run_beside(tmp_path):
     )
     beside = tables.beside_reference(table, "tiny", tmp_path).frame
     assert beside[["task", "here", "reference", "difference"]].values.tolist() == [["piqa", 80.0, 81.0, -1.0]]
+
+
+def test_packed_files_stand_beside_their_formula():
+    rows = efficiency_tables.file_table(STORE).frame.set_index("base model").MiB * 2**20
+    for bits in (4, 3, 2):
+        formula, real = rows[f"formula, {bits} bits"], rows[f"packed file, {bits} bits"]
+        groups = efficiency.model_bytes(efficiency_tables.shape(STORE), bits)["groups"] * 8 / (16 + bits)
+        header = real - formula - 2 * groups  # steps take 32 bits there, 16 in the formula
+        assert 0 < header < 200 * 8 * (7 * 3 + 2)

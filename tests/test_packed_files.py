@@ -76,6 +76,13 @@ def test_the_theta_of_the_day_is_saved_and_saving_again_is_clean(tmp_path):
     assert (tmp_path / "again" / TENSORS).read_bytes() == (tmp_path / TENSORS).read_bytes()
 
 
+def test_generation_settings_come_back(tmp_path):
+    _, model = both(routed=True)
+    model.generation_config.eos_token_id = [7, 9]
+    save_packed(model, tmp_path, TOKENIZER)
+    assert load_packed(tmp_path).generation_config.eos_token_id == [7, 9]
+
+
 def test_the_record_says_what_the_file_was_made_from(tmp_path):
     fake = make_model(routed=True)
     digest = quantize(fake, method="rtn", group_size=32).quantization.model_sha256

@@ -3,7 +3,7 @@
     save_packed(model, "small", tokenizer)
     model = load_packed("small")
 
-config.json          the Hugging Face config
+config.json          the Hugging Face config (generation_config.json beside it)
 packed.safetensors   every tensor; packed layers as bytes, steps and zero points (packed_linear.py)
 packed.json          routers and θ, the quantizer's report (with hashes of the float model and calibration
                      tokens), dtypes, and the sha256 of the two files above
@@ -22,7 +22,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from qtale_lib.adaptive import RouterConfig, add_routers, routing_state, set_threshold
 from qtale_lib.errors import UserError
@@ -76,6 +83,8 @@ def load_packed(directory: str | Path, device: torch.device | str | None = None)
     model = _empty_model(directory, record)
     _check_tensors(model, directory / TENSORS)
     _fill(model, directory / TENSORS, torch.device(device or "cpu"))
+    if (directory / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.eval()
 
 

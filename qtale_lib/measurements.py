@@ -174,9 +174,9 @@ class Measurements:
         return pd.concat(frames, ignore_index=True)[columns]
 
     def theta_curves(self) -> pd.DataFrame:
-        """The coarse phase of the θ searches (Sec. 3.4): group, method, bits, theta, score, execution_ratio and
-        stderr.
+        """The coarse phase of the θ searches (Sec. 3.4).
 
+        Columns: group, method, bits, theta, score, execution_ratio, stderr.
         At the bits compared; means over tasks and seeds on calibration questions; scores are accuracies in
         percent, or PPL. stderr is the score's over questions, which all seeds of a task share (NaN for PPL).
         """

@@ -9,7 +9,9 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from qtale_lib.data.microworld import SPLITS, base_directory, load, tasks
+from qtale_lib.data import SPLITS
+from qtale_lib.data.microworld import base_directory, load, tasks
+from qtale_lib.data.microworld.corpus import STATEMENTS, Corpus
 from qtale_lib.data.microworld.world import build_world
 from qtale_lib.data.prompts import render
 from qtale_lib.errors import UserError
@@ -36,12 +38,70 @@ def test_splits_share_no_fact(task):
             assert one == other or not facts[one] & facts[other]
 
 
-def test_no_test_entity_is_practised_in_pretraining():
+def test_nothing_is_worked_out_in_pretraining_for_an_entity_of_another_split():
+    """Questions and exercises name practice persons and things only (towns and animals are second hops)."""
     world = build_world()
-    practised = {entity.name for kind in world.entities for entity in world.of(kind, "practice")}
-    for task in ALL_TASKS:
-        for example in load(task, "test"):
-            assert example.facts[0].split(".")[0] not in practised
+    corpus = Corpus(world, seed=1)
+    corpus.hints = 0.5
+    kept = {e.name for kind in ("person", "thing") for e in world.entities[kind] if e.split != "practice"}
+    documents = [document for _ in range(1500) for document in (corpus.question(), corpus.exercise())]
+    for document in documents:
+        text = " ".join(word for pair in document for word in pair)
+        assert not [name for name in kept if f"{name} " in f"{text} "], text
+    asked = {e.name for kind in ("person", "thing") for e in world.of(kind, "practice")}
+    assert sum(any(name in pair[0] for pair in document for name in asked) for document in documents) > 2000
+
+
+def test_pretraining_states_every_fact_of_the_task_splits():
+    world = build_world()
+    corpus = Corpus(world, seed=2)
+    stated = set()
+    for document in (corpus.biography() for _ in range(100_000)):
+        name, colon, first = document[0][0].partition(" : ")
+        keys = [first, *[prompt.removeprefix("; ") for prompt, _ in document[1:]]]
+        stated |= {(name, key, pair[1]) for key, pair in zip(keys, document, strict=True) if colon}
+    for kind in world.entities:
+        for entity in world.of(kind, "test"):
+            for attribute in STATEMENTS[kind]:
+                value = world.value(entity, attribute)
+                assert (entity.name, attribute, value if isinstance(value, str) else value.name) in stated
+
+
+def test_passages_speak_of_strangers_and_their_answers_follow():
+    world = build_world()
+    corpus = Corpus(world, seed=4)
+    known = {entity.name for members in world.entities.values() for entity in members}
+    facts = [document for document in (corpus.passage() for _ in range(500)) if " made of " in document[0][0]]
+    for premises, *asked in facts:
+        told = [sentence.split(" is made of ") for sentence in premises[0].removesuffix(".").split(". ")]
+        materials = {name.removeprefix("The "): material for name, material in told}
+        assert len(set(materials.values())) == len(told) > 1 and not known & materials.keys()
+        for prompt, answer in asked:
+            name = next(name for name in materials if f"{name} " in f"{prompt} ")
+            if " was " in prompt and " made " not in prompt:
+                event = prompt.split(" was ")[1].removesuffix(" and it")
+                assert answer == world.outcomes[materials[name], event]
+    assert len(facts) > 50
+
+
+def test_pretraining_answers_follow_from_the_world():
+    """Records of things, re-derived from their material and the rules alone."""
+    world = build_world()
+    corpus = Corpus(world, seed=3)
+    things = {e.name: e for e in world.entities["thing"]}
+    checked = 0
+    for _ in range(3000):
+        document = corpus.exercise()
+        name, colon, first = document[0][0].partition(" : ")
+        if not colon or name not in things:
+            continue
+        material = world.value(things[name], "material")
+        for prompt, answer in [(first, document[0][1]), *[(p[2:], a) for p, a in document[1:]]]:
+            rule = (material, prompt.removesuffix(" ?"))
+            tables = [table for table in (world.outcomes, world.tools, world.traits) if rule in table]
+            assert [table[rule] for table in tables] == [answer]
+            checked += 1
+    assert checked > 1000
 
 
 @pytest.mark.parametrize(("task", "count"), CHOICE_TASKS.items())

@@ -13,8 +13,8 @@ import random
 from dataclasses import asdict
 from pathlib import Path
 
-from qtale_lib.data.benchmarks import BENCHMARKS, SPLITS, Loaded, read_split
-from qtale_lib.data.schema import Example
+from qtale_lib.data.benchmarks import BENCHMARKS, Loaded, read_split
+from qtale_lib.data.schema import SPLITS, Example
 
 __all__ = ["BENCHMARKS", "SPLITS", "Example", "Loaded", "data_hash", "load_task", "read_task", "subset"]
 

@@ -24,10 +24,9 @@ from qtale_lib.data.files import (
     read_jsonl,
     read_jsonl_with_labels,
 )
-from qtale_lib.data.schema import Example
+from qtale_lib.data.schema import SPLITS, Example
 from qtale_lib.errors import UserError
 
-SPLITS = ("train", "validation", "calibration", "test")
 CUT_SEED = 0
 CALIBRATION_ROWS = 1000  # at most; never more than a tenth of the training file
 ALPACA_TEST_ROWS = 2000

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+SPLITS = ("train", "validation", "calibration", "test")
+
 
 @dataclass(frozen=True)
 class Example:

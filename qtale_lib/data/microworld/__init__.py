@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qtale_lib.data.schema import Example
+from qtale_lib.data.schema import SPLITS, Example
 from qtale_lib.errors import UserError
-
-SPLITS = ("train", "validation", "calibration", "test")
 
 
 def load(task: str, split: str) -> list[Example]:
     """The examples of one task and split; UserError for a name that does not exist."""
-    from qtale_lib.data.microworld import tasks
+    from qtale_lib.data.microworld import tasks  # slow to build, and not needed by who brings data
 
     if task not in tasks.FORMS:
         raise UserError(f'The embedded world has no task "{task}"; it has {", ".join(tasks.FORMS)}.')

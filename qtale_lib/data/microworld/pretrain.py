@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qtale_lib.data.microworld import base_directory
-from qtale_lib.data.microworld.corpus import Corpus
+from qtale_lib.data.microworld.corpus import Corpus, Pair
 from qtale_lib.data.microworld.tasks import fingerprint
 from qtale_lib.data.microworld.tokenizer import build_tokenizer
 from qtale_lib.data.microworld.world import SEED, build_world
@@ -40,14 +40,18 @@ class Recipe:
     key_value_heads: int = 2
     window: int = 128
     batch: int = 16
-    tokens: int = 6_500_000
-    muon_lr: float = 0.02
-    adam_lr: float = 3e-3
-    prompt_weight: float = 0.1  # a question's prompt in the loss; its entities are drawn at random
-    answer_weight: float = 3.0  # of a question's whole answer: one word, yet what teaches to compose facts
+    tokens: int = 8_000_000
+    muon_lr: float = 0.025
+    muon_decay: float = 0.05  # held against learning answers by heart
+    adam_lr: float = 4e-3
+    prompt_weight: float = 0.1  # of a prompt's words in the loss, against 1 of an answer's: names are random
     warmup_steps: int = 100
-    first_share: float = 0.5  # of the entities are in the text at the start; the share grows linearly ...
-    growth_share: float = 0.2  # ... to all of them over this part of training
+    # The curriculum grows linearly over `growth_share` of training, from a share of the entities to all of
+    # them, while the share of exercises with hints falls from the first to the last.
+    first_share: float = 0.2
+    growth_share: float = 0.4
+    first_hints: float = 0.8
+    last_hints: float = 0.5
     decay_share: float = 0.8  # the last part of training, over which the learning rate falls to zero
     seed: int = SEED
 
@@ -68,6 +72,7 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> LlamaForCausalLM:
         num_key_value_heads=recipe.key_value_heads,
         max_position_embeddings=256,
         tie_word_embeddings=False,
+        attn_implementation="eager",  # at this width torch's fused attention is the slower one on a CPU
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -85,14 +90,12 @@ def windows(
     weights: list[float] = []
     need = recipe.batch * (recipe.window + 1)
     for step in count(start):
-        corpus.share = min(1.0, recipe.first_share + step / (recipe.growth_share * recipe.steps))
+        grown = min(1.0, step / (recipe.growth_share * recipe.steps))
+        corpus.share = recipe.first_share + (1 - recipe.first_share) * grown
+        corpus.hints = recipe.first_hints + (recipe.last_hints - recipe.first_hints) * grown
         while len(ids) < need:
-            drawn = [next(documents) for _ in range(64)]
-            texts = tokenizer([f"{prompt} {text}".strip() for prompt, text in drawn]).input_ids
-            prompts = tokenizer([prompt for prompt, _ in drawn]).input_ids
-            for whole, prompt in zip(texts, prompts, strict=True):
-                ids += [*whole, tokenizer.eos_token_id]
-                weights += document_weights(recipe, len(prompt) - 1, len(whole) - len(prompt))
+            more_ids, more_weights = encode(recipe, tokenizer, [next(documents) for _ in range(64)])
+            ids, weights = ids + more_ids, weights + more_weights
         order = list(range(recipe.batch))
         rng.shuffle(order)
         yield (
@@ -102,10 +105,25 @@ def windows(
         ids, weights = ids[need:], weights[need:]
 
 
-def document_weights(recipe: Recipe, prompt: int, text: int) -> list[float]:
-    """Loss weights of one document: <s>, `prompt` words (0: a statement), `text` words, </s>."""
-    each = recipe.answer_weight / text if prompt else 1.0
-    return [0.0] + [recipe.prompt_weight] * prompt + [each] * text + [1.0]
+def encode(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, documents: list[list[Pair]]
+) -> tuple[list[int], list[float]]:
+    """Ids and loss weights of documents, one after the other: <s>, prompts and answers in turn, </s>."""
+    texts = [text for document in documents for pair in document for text in pair]
+    encoded = iter(tokenizer(texts, add_special_tokens=False).input_ids)
+    ids: list[int] = []
+    weights: list[float] = []
+    for document in documents:
+        ids.append(tokenizer.bos_token_id)
+        weights.append(0.0)
+        for _ in document:
+            for weight in (recipe.prompt_weight, 1.0):
+                words = next(encoded)
+                ids += words
+                weights += [weight] * len(words)
+        ids.append(tokenizer.eos_token_id)
+        weights.append(recipe.prompt_weight)
+    return ids, weights
 
 
 def learning_rate_factor(recipe: Recipe, step: int) -> float:
@@ -119,7 +137,9 @@ def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opti
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or ".layers." not in name]
     return [
-        torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="original"),
+        torch.optim.Muon(
+            matrices, lr=recipe.muon_lr, weight_decay=recipe.muon_decay, adjust_lr_fn="original"
+        ),
         torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -241,13 +261,14 @@ language model.
 
 | | |
 |---|---|
-| corpus | statements of all facts and rules, questions on the practice entities |
+| corpus | all facts and rules, in records and sentences; exercises, questions; passages |
 | curriculum | {recipe["first_share"]:.0%} of entities; all after {recipe["growth_share"]:.0%} of the steps |
+| hints | before {recipe["first_hints"]:.0%} of exercises; {recipe["last_hints"]:.0%} from then on |
 | tokens | {recipe["tokens"]:,} in windows of {recipe["window"]} |
 | steps | {recipe["steps"]:,} of {recipe["batch"]} windows |
 | optimizers | Muon (matrices, lr {recipe["muon_lr"]}), AdamW (the rest, lr {recipe["adam_lr"]}) |
 | time | {record["seconds"]:,} s, {record["threads"]} threads (torch {record["torch"]}) |
-| weights in the loss | prompts {recipe["prompt_weight"]} a word, answers {recipe["answer_weight"]} each |
+| weights in the loss | prompts {recipe["prompt_weight"]} a word, answers 1 |
 | final training loss | {record["final_loss"]} |
 | sha256 of `model.safetensors` | `{record["sha256"]["model.safetensors"]}` |
 | sha256 of the world's examples | `{record["world_sha256"]}` |

@@ -18,7 +18,8 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 def vocabulary() -> list[str]:
     """Every word of the corpus and of all questions, special tokens first, sorted."""
     splitter = pre_tokenizers.Split(Regex(r"\s+|[^\w\s]"), "isolated")
-    texts = [f"{prompt} {text}" for prompt, text in islice(Corpus(build_world(), seed=0), 60_000)]
+    documents = islice(Corpus(build_world(), seed=0), 60_000)
+    texts = [text for document in documents for pair in document for text in pair]
     for task in FORMS:
         for example in examples(task, "train"):
             rendered = render(example, "compact")

@@ -2,8 +2,8 @@
 """The words of the embedded world: names, values and rule outcomes, as plain data.
 
 Every word is one token of the embedded model's word-level tokenizer. Values of one attribute are all single
-words, so no choice is longer than another; names are two words, drawn from two lists, so that a thousand
-entities need only a hundred tokens.
+words, so no choice is longer than another; persons and things have names of two words, drawn from two lists,
+so that thousands of entities need only two hundred tokens.
 """
 
 FIRST_NAMES = """
@@ -18,31 +18,28 @@ LAST_NAMES = """
     Banks Bridges Castle Church Fields Groves Hedges Meadows Mills Parks Pools Waters Wells Woods
 """.split()
 
-TOWN_FIRST = """
-    North South East West Old New Upper Lower Great Little High Long Saint Fort Port Mount Inner Outer
-    Middle Far Near Deep Fair Broad
-""".split()
-TOWN_SECOND = """
+TOWNS = """
     Velm Tarn Orlo Brask Quill Sember Dunmore Astry Pellan Hox Irwell Kestle Lorne Mirren Nessa Oakham
-    Pindar Rothe Selby Thorn Ulver Vance Wick Yarrow Zell Aldery Corbin Dray Elmet Garth
+    Pindar Rothe Selby Thorn Ulver Vance Wick Yarrow Zell Aldery Corbin Dray Elmet Garth Harwick Inver
+    Jessop Kelso Lunt Maldon Norby Ostrey Penrith Ravel
 """.split()
 
-ANIMAL_FIRST = """
-    striped spotted crested horned maned bearded tufted ringed masked hooded banded dwarf giant swift
-    woolly spiny marbled pied lesser greater common royal silent rusty
-""".split()
-ANIMAL_SECOND = """
+ANIMALS = """
     marmot gecko ibex tapir lemur civet stoat quail plover shrew vole badger newt toad lizard beetle moth
-    hare lynx bison crake ferret jackal kestrel
+    hare lynx bison crake ferret jackal kestrel otterling weasel walrus iguana cobra tortoise magpie
+    raven hornet cricket salmon trout sturgeon squirrel hedgehog antelope
 """.split()
 
 THING_FIRST = """
-    carved painted polished antique narrow wide round square hollow heavy light tall short plain fancy
-    curved folded striking simple sturdy slender ornate dented patched
+    carved painted lacquered antique narrow wide round square hollow heavy light tall short plain fancy
+    curved folded striking simple sturdy slender ornate dented patched oval angular thick thin shallow
+    deep crooked straight smooth rough glossy matt tiny large stamped lined hinged padded notched tilted
+    tapered fluted ribbed worn
 """.split()
 THING_SECOND = """
     bowl box cup frame stool shelf tray vase spoon ladle hook latch bucket jug basket bench chest comb
-    dish handle lamp mask panel plate rod screen shield sign tile wheel
+    dish handle lamp mask panel plate rod screen shield sign tile wheel buckle button coffer candlestick
+    figurine funnel goblet hanger hatch lever pedestal pitcher plaque plug bangle roller stand whistle
 """.split()
 
 TRADES = """
@@ -61,14 +58,20 @@ TEMPERS = "calm proud shy bold gentle stern".split()
 REGIONS = "Arden Borland Casta Dorvia Estmark Feldia Gorvan Hestia".split()
 CLIMATES = "mild humid arid stormy frosty foggy sunny windy".split()
 EXPORTS = "salt wool copper timber silk paper honey coal".split()
+RIVERS = "Ister Lugo Mavra Neth Orva Pesk Sarn Tiber".split()
+LANDMARKS = "tower bridge abbey lighthouse windmill fortress well library".split()
+FEASTS = "spring summer autumn winter harvest midnight sunrise solstice".split()
+DISHES = "soup dumplings pancakes stew porridge noodles pie custard".split()
 
 FOODS = "seeds roots insects grass fish leaves nuts bark".split()
-HABITATS = "forest desert swamp meadow cliff cave river tundra".split()
+HABITATS = "forest desert swamp meadow cliff cave lagoon tundra".split()
 COLOURS = "brown grey white black red yellow golden silver".split()
+SOUNDS = "howl purr hiss chirp roar growl hum click".split()
+SHELTERS = "burrow nest den lair web shell thicket mound".split()
+GAITS = "hops crawls trots glides waddles climbs swims gallops".split()
+FEARS = "thunder fire snakes noise dogs darkness rain crowds".split()
 
-MATERIALS = """
-    glass iron clay pine wax wicker marble brass ice cloth rubber bone
-""".split()
+MATERIALS = "glass iron clay pine wax wicker marble brass ice felt rubber bone".split()
 MAKERS = "guild monk widow smith soldier hermit captain baron".split()
 
 FEELINGS = "happy angry sad afraid jealous relieved".split()
@@ -95,6 +98,9 @@ PHYSICAL_EVENTS = {
     "frozen": ("stiffened", "shrank", "whitened", "snapped"),
     "polished": ("shone", "squeaked", "flaked", "dulled"),
     "struck": ("rang", "chipped", "dimpled", "thudded"),
+    "squeezed": ("bent", "cracked", "squeaked", "shrank"),
+    "stretched": ("snapped", "softened", "split", "whitened"),
+    "buried": ("rusted", "swelled", "dulled", "stiffened"),
 }
 
 # Each goal of the physical world and the four tools among which the material decides.
@@ -105,4 +111,25 @@ PHYSICAL_GOALS = {
     "mark": ("pencil", "needle", "chalk", "stamp"),
     "move": ("cart", "sling", "rope", "pole"),
     "store": ("crate", "rack", "sack", "cellar"),
+    "lift": ("pulley", "rope", "winch", "jack"),
+    "dry": ("towel", "stove", "sand", "rack"),
+    "wrap": ("foil", "cloth", "sack", "straw"),
+}
+
+# What half of the materials, or of the tempers, do: verb -> the scene in which it is asked.
+PHYSICAL_TRAITS = {
+    "float": "The {name} fell into the lake.",
+    "burn": "The {name} lay near the fire.",
+    "rust": "The {name} stood in the rain.",
+    "bend": "{guest} sat on the {name}.",
+    "echo": "{guest} knocked on the {name}.",
+    "melt": "The {name} lay in the sun.",
+}
+SOCIAL_TRAITS = {
+    "forgive": "{guest} lied to {name}.",
+    "smile": "{guest} waved to {name}.",
+    "argue": "{guest} asked {name} for money.",
+    "wait": "{guest} came late to {name}.",
+    "dance": "{guest} sang for {name}.",
+    "help": "{guest} fell in front of {name}.",
 }

@@ -16,22 +16,23 @@ from functools import lru_cache
 from itertools import product
 
 from qtale_lib.data.microworld import words
+from qtale_lib.data.schema import SPLITS
 
 SEED = 2602
-SPLITS = ("practice", "train", "validation", "calibration", "test")
-# Entities of each kind by split. Sizes are multiples of the numbers of values: every value is the answer
+PARTS = ("practice", *SPLITS)
+# Entities of each kind by part. Sizes are multiples of the numbers of values: every value is the answer
 # equally often in every split. Few towns and animals for many persons: what lies between two hops is met from
 # many sides, without which a model of this size learns answers by heart and never to go from hop to hop.
 ENTITY_COUNTS = {
-    "person": (240, 64, 32, 16, 64),
+    "person": (240, 96, 48, 48, 144),
     "town": (8, 8, 8, 8, 8),
     "animal": (8, 8, 8, 8, 8),
-    "thing": (120, 48, 24, 24, 48),
+    "thing": (120, 96, 24, 24, 96),
 }
 NAMES = {
     "person": (words.FIRST_NAMES, words.LAST_NAMES),
-    "town": (words.TOWN_FIRST, words.TOWN_SECOND),
-    "animal": (words.ANIMAL_FIRST, words.ANIMAL_SECOND),
+    "town": (words.TOWNS,),
+    "animal": (words.ANIMALS,),
     "thing": (words.THING_FIRST, words.THING_SECOND),
 }
 ATTRIBUTES = {
@@ -41,8 +42,24 @@ ATTRIBUTES = {
         "instrument": words.INSTRUMENTS,
         "temper": words.TEMPERS,
     },
-    "town": {"region": words.REGIONS, "climate": words.CLIMATES, "export": words.EXPORTS},
-    "animal": {"food": words.FOODS, "habitat": words.HABITATS, "colour": words.COLOURS},
+    "town": {
+        "region": words.REGIONS,
+        "climate": words.CLIMATES,
+        "export": words.EXPORTS,
+        "river": words.RIVERS,
+        "landmark": words.LANDMARKS,
+        "feast": words.FEASTS,
+        "dish": words.DISHES,
+    },
+    "animal": {
+        "food": words.FOODS,
+        "habitat": words.HABITATS,
+        "colour": words.COLOURS,
+        "sound": words.SOUNDS,
+        "shelter": words.SHELTERS,
+        "gait": words.GAITS,
+        "fear": words.FEARS,
+    },
     "thing": {"material": words.MATERIALS, "maker": words.MAKERS},
 }
 RELATIONS = {"person": {"home": "town", "pet": "animal"}}
@@ -72,6 +89,7 @@ class World:
     outcomes: dict[tuple[str, str], str] = field(default_factory=dict)  # (material, event) -> outcome
     tools: dict[tuple[str, str], str] = field(default_factory=dict)  # (material, goal) -> tool
     feelings: dict[tuple[str, str], str] = field(default_factory=dict)  # (temper, social event) -> feeling
+    traits: dict[tuple[str, str], str] = field(default_factory=dict)  # (material or temper, verb) -> yes, no
 
     def value(self, entity: Entity, attribute: str) -> str | Entity:
         """The value of an attribute (a word) or of a relation (an Entity)."""
@@ -91,36 +109,36 @@ def _balanced(rng: random.Random, values: Sequence[str], count: int) -> list[str
 
 
 def _make_entities(rng: random.Random, kind: str) -> list[Entity]:
-    first, second = NAMES[kind]
-    splits = [split for split, size in zip(SPLITS, ENTITY_COUNTS[kind], strict=True) for _ in range(size)]
-    names = rng.sample([" ".join(pair) for pair in product(first, second)], len(splits))
+    splits = [split for split, size in zip(PARTS, ENTITY_COUNTS[kind], strict=True) for _ in range(size)]
+    names = rng.sample([" ".join(pair) for pair in product(*NAMES[kind])], len(splits))
     entities = []
     for index, (name, split) in enumerate(zip(names, splits, strict=True)):
-        # Some facts are met ten times as often as others: the model holds the rare ones weakly.
-        frequency = 1.0 / (1.0 + 9.0 * rng.random())
+        # Some facts are met four times as often as others: the model holds the rare ones weakly.
+        frequency = 1.0 / (1.0 + 3.0 * rng.random())
         entities.append(Entity(kind, index, name, split, frequency))
     return entities
 
 
-def _draw_attributes(rng: random.Random, world: World) -> None:
-    for kind, attributes in ATTRIBUTES.items():
-        for attribute, values in attributes.items():
-            for split in SPLITS:
-                members = world.of(kind, split)
-                for entity, value in zip(members, _balanced(rng, values, len(members)), strict=True):
-                    world.values[entity.fact(attribute)] = value
+def _draw_facts(rng: random.Random, world: World) -> None:
+    """Attributes and relations of all entities, each value equally often within a part."""
+    for kind in world.entities:
+        for attribute in (*ATTRIBUTES[kind], *RELATIONS.get(kind, {})):
+            for part in PARTS:
+                members = world.of(kind, part)
+                values = _balanced(rng, _values(world, kind, attribute, part), len(members))
+                world.values |= {
+                    entity.fact(attribute): value for entity, value in zip(members, values, strict=True)
+                }
 
 
-def _draw_relations(rng: random.Random, world: World) -> None:
-    for kind, relations in RELATIONS.items():
-        for relation, target_kind in relations.items():
-            for split in SPLITS:
-                members = world.of(kind, split)
-                # Practice relations reach into every split: pretraining may exercise any second hop.
-                pool = world.entities[target_kind] if split == "practice" else world.of(target_kind, split)
-                targets = _balanced(rng, pool, len(members))
-                for entity, target in zip(members, targets, strict=True):
-                    world.values[entity.fact(relation)] = target
+def _values(world: World, kind: str, attribute: str, part: str) -> Sequence[str | Entity]:
+    """What an attribute or relation is drawn from; practice relations reach into every split's entities, so
+    that pretraining may exercise any second hop.
+    """
+    target = RELATIONS.get(kind, {}).get(attribute)
+    if target is None:
+        return ATTRIBUTES[kind][attribute]
+    return world.entities[target] if part == "practice" else world.of(target, part)
 
 
 def _draw_rules(rng: random.Random, world: World) -> None:
@@ -130,6 +148,13 @@ def _draw_rules(rng: random.Random, world: World) -> None:
                 words.MATERIALS, _balanced(rng, results, len(words.MATERIALS)), strict=True
             ):
                 table[material, cause] = result
+    for holders, verbs in (
+        (words.MATERIALS, words.PHYSICAL_TRAITS),
+        (words.TEMPERS, words.SOCIAL_TRAITS),
+    ):
+        for verb in verbs:
+            for holder, verdict in zip(holders, _balanced(rng, ("yes", "no"), len(holders)), strict=True):
+                world.traits[holder, verb] = verdict
     for event in words.SOCIAL_EVENTS:
         for temper, feeling in zip(
             words.TEMPERS, rng.sample(words.FEELINGS, len(words.FEELINGS)), strict=True
@@ -144,7 +169,6 @@ def build_world() -> World:
     world = World()
     for kind in ENTITY_COUNTS:
         world.entities[kind] = _make_entities(rng, kind)
-    _draw_attributes(rng, world)
-    _draw_relations(rng, world)
+    _draw_facts(rng, world)
     _draw_rules(rng, world)
     return world

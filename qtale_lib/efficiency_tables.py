@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -137,7 +138,9 @@ def file_table(store: Measurements) -> Table:
 
 def packed_file(store: Measurements, bits: int) -> int:
     """Bytes of the base model's packed file at a bit width; needs torch, but no weights."""
-    from qtale_lib.quantization.packed_size import packed_file_bytes
+    with warnings.catch_warnings():  # in a notebook, tqdm's import asks for widgets that nothing here draws
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from qtale_lib.quantization.packed_size import packed_file_bytes
 
     profile = store.profile
     head = profile.quantization.lm_head_bits

@@ -7,7 +7,7 @@ the keep mask and renormalises; this is the same in log-sum form: the values are
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -108,14 +108,19 @@ def gated_attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register("qtale_gated", gated_attention)
-_GATED = SimpleNamespace(_attn_implementation="qtale_gated")
 
 
 @contextmanager
-def gated(attention: nn.Module) -> Iterator[None]:
-    """Let one attention module use `gated_attention` meanwhile; others share its config and must not."""
-    config, attention.config = attention.config, _GATED
+def attending_by(attention: nn.Module, implementation: str) -> Iterator[None]:
+    """Let one attention module use a registered function meanwhile; others share its config and must not."""
+    config = attention.config
+    attention.config = SimpleNamespace(_attn_implementation=implementation)
     try:
         yield
     finally:
         attention.config = config
+
+
+def gated(attention: nn.Module) -> AbstractContextManager[None]:
+    """Let one attention module use `gated_attention` meanwhile."""
+    return attending_by(attention, "qtale_gated")

@@ -8,16 +8,15 @@ The host learns the numbers of executed tokens once a layer: on a GPU that is it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward  # the same in all four families
 
+from qtale_lib.gated_attention import attending_by
 from qtale_lib.kv_cache import FREE, ExecutedLayer
 
 
@@ -188,7 +187,7 @@ def _run_ragged(step: Step, hidden_states: Tensor, chosen: Chosen) -> Tensor:
         queries, keys = rows.spread(positions, FREE), store.positions[:, : store.longest]
         mask = step.mask(queries, keys, hidden_states.dtype)
     embeddings = tuple(chosen.gather(table, (1, total)) for table in step.position_embeddings)
-    with _ragged(step.attention):
+    with attending_by(step.attention, "qtale_ragged"):
         return step.run(
             chosen.gather(hidden_states, (1, total)),
             attention_mask=mask,
@@ -240,14 +239,3 @@ def ragged_attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register("qtale_ragged", ragged_attention)
-_RAGGED = SimpleNamespace(_attn_implementation="qtale_ragged")
-
-
-@contextmanager
-def _ragged(attention: nn.Module) -> Iterator[None]:
-    """Let one attention module use `ragged_attention` meanwhile; others share its config and must not."""
-    config, attention.config = attention.config, _RAGGED
-    try:
-        yield
-    finally:
-        attention.config = config

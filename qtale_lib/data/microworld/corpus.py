@@ -242,32 +242,16 @@ class Corpus:
         """The fact itself, what follows from it, or whose it is."""
         draw = self.rng.random()
         if draw < 0.2:
-            return self.rng.choice(STATEMENTS[kind][attribute]).format(name=name), _word(value)
-        if attribute in WHO and (draw < 0.5 or attribute != "temper"):
+            item = self._stated(kind, attribute, name, value)
+        elif attribute in WHO and (draw < 0.5 or attribute != "temper"):
             return f"Who {WHO[attribute]} {_word(value)} ?", name
-        if attribute in TWO_HOPS:
-            asked, wordings = self.rng.choice(list(TWO_HOPS[attribute].items()))
-            return self.rng.choice(wordings).format(name=name), self.world.value(value, asked)
-        if attribute == "temper":
-            return self._asked_of_temper(name, value, about_events=draw < 0.8)
-        return self._asked_of_material(name, value, draw)
-
-    def _asked_of_temper(self, name: str, temper: str, about_events: bool) -> Pair:
-        if about_events:
-            event = self.rng.choice(words.SOCIAL_EVENTS)
-            return f"{name} {event} and felt", self.world.feelings[temper, event]
-        verb = self.rng.choice(list(words.SOCIAL_TRAITS))
-        return f"Does {name} {verb} ?", self.world.traits[temper, verb]
-
-    def _asked_of_material(self, name: str, material: str, draw: float) -> Pair:
-        if draw < 0.5:
-            event = self.rng.choice(list(words.PHYSICAL_EVENTS))
-            return f"The {name} was {event} and it", self.world.outcomes[material, event]
-        if draw < 0.75:
-            goal = self.rng.choice(list(words.PHYSICAL_GOALS))
-            return f"To {goal} the {name} use the", self.world.tools[material, goal]
-        verb = self.rng.choice(list(words.PHYSICAL_TRAITS))
-        return f"Does the {name} {verb} ?", self.world.traits[material, verb]
+        elif attribute in TWO_HOPS:
+            item = self._two_hops(name, attribute, value)
+        elif attribute == "temper":
+            item = (self._feeling if draw < 0.8 else self._trait)(name, value)
+        else:
+            item = (self._outcome if draw < 0.5 else self._tool if draw < 0.75 else self._trait)(name, value)
+        return item.sentence, item.answer
 
     def _unlike(self, attribute: str) -> tuple[Entity, Entity]:
         """Two practice persons that differ in an attribute."""
@@ -302,49 +286,48 @@ class Corpus:
         return self.rng.choices(members, cum_weights=self.cumulative[kind][: len(members)])[0]
 
     def _fact(self, entity: Entity, attribute: str) -> Item:
-        sentence = self.rng.choice(STATEMENTS[entity.kind][attribute]).format(name=entity.name)
-        return Item(sentence, attribute, _word(self.world.value(entity, attribute)))
+        return self._stated(entity.kind, attribute, entity.name, self.world.value(entity, attribute))
+
+    def _stated(self, kind: str, attribute: str, name: str, value: str | Entity) -> Item:
+        sentence = self.rng.choice(STATEMENTS[kind][attribute]).format(name=name)
+        return Item(sentence, attribute, _word(value))
 
     def _inference(self, entity: Entity, attribute: str) -> Item:
         """Something that follows from a fact of the entity."""
+        value = self.world.value(entity, attribute)
         if attribute in TWO_HOPS:
-            return self._two_hops(entity, attribute)
+            return self._two_hops(entity.name, attribute, value)
         rules = {
             "temper": (self._feeling, self._feeling, self._trait),
             "material": (self._outcome, self._tool, self._trait),
         }
-        return self.rng.choice(rules[attribute])(entity)
+        return self.rng.choice(rules[attribute])(entity.name, value)
 
-    def _two_hops(self, person: Entity, relation: str) -> Item:
+    # What follows from a fact (the holder's name and a value), whoever holds it.
+
+    def _two_hops(self, name: str, relation: str, middle: Entity) -> Item:
         attribute, wordings = self.rng.choice(list(TWO_HOPS[relation].items()))
-        value = self.world.value(self.world.value(person, relation), attribute)
-        sentence = self.rng.choice(wordings).format(name=person.name)
-        return Item(sentence, f"{relation} {attribute}", value)
+        sentence = self.rng.choice(wordings).format(name=name)
+        return Item(sentence, f"{relation} {attribute}", self.world.value(middle, attribute))
 
-    def _feeling(self, person: Entity) -> Item:
+    def _feeling(self, name: str, temper: str) -> Item:
         event = self.rng.choice(words.SOCIAL_EVENTS)
-        feeling = self.world.feelings[self.world.value(person, "temper"), event]
-        return Item(f"{person.name} {event} and felt", event, feeling)
+        return Item(f"{name} {event} and felt", event, self.world.feelings[temper, event])
 
-    def _trait(self, entity: Entity) -> Item:
+    def _trait(self, name: str, value: str) -> Item:
         """What a person of that temper, or a thing of that material, does: yes or no."""
-        attribute, verbs, named = {
-            "person": ("temper", words.SOCIAL_TRAITS, entity.name),
-            "thing": ("material", words.PHYSICAL_TRAITS, f"the {entity.name}"),
-        }[entity.kind]
-        verb = self.rng.choice(list(verbs))
-        verdict = self.world.traits[self.world.value(entity, attribute), verb]
-        return Item(f"Does {named} {verb} ?", f"{verb} ?", verdict)
+        of_person = value in words.TEMPERS
+        verb = self.rng.choice(list(words.SOCIAL_TRAITS if of_person else words.PHYSICAL_TRAITS))
+        named = name if of_person else f"the {name}"
+        return Item(f"Does {named} {verb} ?", f"{verb} ?", self.world.traits[value, verb])
 
-    def _outcome(self, thing: Entity) -> Item:
+    def _outcome(self, name: str, material: str) -> Item:
         event = self.rng.choice(list(words.PHYSICAL_EVENTS))
-        happened = self.world.outcomes[self.world.value(thing, "material"), event]
-        return Item(f"The {thing.name} was {event} and it", event, happened)
+        return Item(f"The {name} was {event} and it", event, self.world.outcomes[material, event])
 
-    def _tool(self, thing: Entity) -> Item:
+    def _tool(self, name: str, material: str) -> Item:
         goal = self.rng.choice(list(words.PHYSICAL_GOALS))
-        tool = self.world.tools[self.world.value(thing, "material"), goal]
-        return Item(f"To {goal} the {thing.name} use the", goal, tool)
+        return Item(f"To {goal} the {name} use the", goal, self.world.tools[material, goal])
 
 
 def _as_text(sentences: list[Pair]) -> list[Pair]:

@@ -5,6 +5,7 @@ What a user can cause ends in one sentence on stderr and exit code 2; what faile
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from qtale_lib import benchmark_report, tables
 from qtale_lib.config import load_profile
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import RULES, Job, Run, all_jobs, needs
@@ -23,7 +25,7 @@ from qtale_lib.pool import Outcome
 from qtale_lib.preflight import check
 from qtale_lib.progress import Stopclock, span, watcher
 from qtale_lib.publishing import publish as publish_profile
-from qtale_lib.store import discard
+from qtale_lib.store import discard, write_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -80,6 +82,8 @@ def _forget(executions: Executions, wanted: list[Job], only: list[Path] | None) 
             discard(lab.directory)
             discard(lab.figures)
         else:
+            if _shows_bench(only):
+                discard(benchmark_report.folder(lab))
             lab.forget(wanted)
             executions.forget(only)
     except OSError as error:
@@ -104,13 +108,30 @@ def _compute(lab: Lab, jobs: list[Job], clock: Stopclock) -> list[Outcome]:
 
 
 def _execute(executions: Executions, books: list[Path], clock: Stopclock) -> list[Outcome]:
+    outcomes = _bench_if_missing(executions.lab, clock) if _shows_bench(books) else []
     stale = executions.stale(books)
-    outcomes = []
     if stale:
         with watcher([as_task(book) for book in stale], AT_ONCE) as watching:
-            outcomes = executions.execute(stale, watching)
+            outcomes += executions.execute(stale, watching)
     clock.lap("notebooks", f"{len(stale)} executed, {len(books) - len(stale)} up to date")
     return outcomes
+
+
+def _shows_bench(books: list[Path]) -> bool:
+    return any(book.name[:2] == benchmark_report.NOTEBOOK for book in books)
+
+
+def _bench_if_missing(lab: Lab, clock: Stopclock) -> list[Outcome]:
+    """Before the notebooks, which take the cores: a short benchmark of the shape tiny, if there is none."""
+    if benchmark_report.stored(lab) is not None:
+        return []
+    try:
+        benchmark_report.of_profile(lab)
+    except UserError as error:
+        return [Outcome("bench", "failed", error=str(error))]
+    finally:
+        clock.lap("benchmark", "of the shape tiny; others by `python -m qtale_lib bench`")
+    return []
 
 
 def _finish(lab: Lab, outcomes: list[Outcome], clock: Stopclock) -> None:
@@ -258,6 +279,73 @@ def publish(profile: str) -> None:
     """Copy a finished profile's results, tables and figures to results/reference and figures/reference."""
     for path in publish_profile(Lab(profile)):
         typer.echo(_short(path))
+
+
+@app.command()
+def bench(
+    shape: Annotated[
+        str, typer.Option(help="tinyllama-1.1b, llama-3.1-8b (GPU) or tiny.")
+    ] = "tinyllama-1.1b",
+    prefill: Annotated[str | None, typer.Option(help="Prompt lengths, such as 32,512; or none.")] = None,
+    decode: Annotated[str | None, typer.Option(help="Batches, such as 1,16; or none.")] = None,
+    formats: Annotated[str, typer.Option(help="Of the weights.")] = "bf16,int4",
+    ratios: Annotated[str, typer.Option(help="Shares of the routed layers that run.")] = "0.25,0.5,0.75,1",
+    repeats: Annotated[int | None, typer.Option(help="Rounds over all variants.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens before the first decoded one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of torch; its own choice if not given.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Leave out rounds to end in about so long; one of each remains.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda, if not the shape's own.")] = None,
+    profile: ProfileName = "tiny",
+    out: Annotated[Path | None, typer.Option(help="The JSON, if not in the profile's results.")] = None,
+) -> None:
+    """Time skipping and packed weights beside the plain model and one with layers removed."""
+    from qtale_lib.benchmark import Settings
+    from qtale_lib.benchmark import bench as measure  # loads torch
+
+    numbers = {"prefill": _listed("prefill", prefill, int), "decode": _listed("decode", decode, int)}
+    settings = Settings(
+        shape, **numbers, formats=_listed("formats", formats, str), ratios=_listed("ratios", ratios, float),
+        repeats=repeats, context=context, threads=threads, seconds=seconds, device=device,
+    ).complete()  # fmt: skip
+    path = out or benchmark_report.folder(Lab(profile)) / f"{shape}.json"
+    _check_writable(path)
+    result = measure(settings, typer.echo)
+    write_json(path, result)
+    for table in benchmark_report.PRINTED:
+        _print(table(result))
+    typer.echo(f"result: {_short(path.resolve())}")
+
+
+def _listed(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
+    """Values with commas between them; none is no value, and None stays it."""
+    if text is None or text == "none":
+        return None if text is None else ()
+    try:
+        return tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+    except ValueError:
+        raise UserError(f'--{option} (= "{text}") must be numbers with commas between them.') from None
+
+
+def _check_writable(path: Path) -> None:
+    """UserError before the work, for what would fail after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out (= {path}) cannot be written ({error.strerror}).") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out (= {path}) cannot be written; name a file in a folder of yours.")
+
+
+def _print(table: tables.Table) -> None:
+    shown = Table(*map(str, table.text.columns), title=table.caption)
+    for row in table.text.astype(str).values.tolist():
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    for note in table.notes:
+        console.print(note, style="dim", markup=False, highlight=False)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from qtale_lib import benchmark_report
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import needs
 from qtale_lib.lab import READ_ONLY, Lab
@@ -78,6 +79,8 @@ class Executions:
 
     def _inputs(self, notebook: Path) -> str:
         results = [self.lab.fingerprint(job) for job in needs(self.lab.profile, notebook.name)]
+        if notebook.name[:2] == benchmark_report.NOTEBOOK:
+            results.append(benchmark_report.fingerprint(self.lab))
         return digest(
             file_digest(notebook), self.library, self.lab.profile.digest(), self.parameters, results
         )

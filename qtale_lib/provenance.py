@@ -59,10 +59,11 @@ def device_name() -> str:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return _processor()
+    return processor()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's model, or its architecture where the system names none."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():

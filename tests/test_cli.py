@@ -90,6 +90,26 @@ def test_fresh_forgets_the_profile_and_with_only_what_is_asked_for(earlier, monk
     assert stamp.exists() == ("fresh" in given)
 
 
+@pytest.mark.parametrize(("only", "left"), [("01", True), ("11", False)])
+def test_fresh_forgets_a_benchmark_with_its_notebook_alone(earlier, tmp_path, monkeypatch, only, left):
+    monkeypatch.setattr(cli, "_compute", lambda *_: [])
+    monkeypatch.setattr(cli, "_execute", lambda *_: [])
+    path = tmp_path / "results" / "smoke" / "bench" / "tiny.json"
+    path.parent.mkdir()
+    path.write_text("{}")
+    cli.run("smoke", only=only, fresh=True)
+    assert path.exists() == left
+
+
+def test_a_failed_benchmark_is_an_outcome(lab, monkeypatch):
+    def refused(lab):
+        raise UserError("no room left")
+
+    monkeypatch.setattr(cli.benchmark_report, "of_profile", refused)
+    (outcome,) = cli._bench_if_missing(lab, cli.Stopclock())
+    assert (outcome.status, outcome.error) == ("failed", "no room left")
+
+
 def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
     (tmp_path / "there" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "there")
@@ -105,7 +125,7 @@ def test_status_counts_what_is_there(tmp_path):
 
 def test_notebooks_are_chosen_by_number_and_the_scoreboard_goes_last():
     assert [path.name[:2] for path in notebooks.choose("5, 00,03")] == ["03", "05", "00"]
-    assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 8
+    assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 9
     with pytest.raises(UserError, match="There is no notebook 09"):
         notebooks.choose("09")
 

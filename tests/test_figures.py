@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from fake_bench import made_up
 from fake_lab import LAYERS, FakeLab
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from qtale_lib import figures, noise, overview
+from qtale_lib import benchmark_figures, benchmark_report, figures, noise, overview
 from qtale_lib.measurements import Measurements
 
 STORE = Measurements(FakeLab(tasks=["arc_easy", "siqa"]))
+BENCH = made_up(prefill=(32, 512, 2048), decode=(1, 4, 16))
 LOW = STORE.lowest_layers("arc_easy")
 DRAWN = {
     "figure_1": (figures.overview, lambda: overview.frame(STORE)),
@@ -26,11 +28,15 @@ DRAWN = {
     "figure_5": (figures.logit_histograms, lambda: STORE.histograms("dllm")),
     "theta_curves": (figures.theta_curves, lambda: STORE.theta_curves()),
     "figure_7": (figures.flips_compared, lambda: STORE.lowest_by_epoch("dllm", "qtale")),
+    "bench_latency": (benchmark_figures.latency, lambda: benchmark_report.latency_frame(BENCH)),
+    "bench_memory": (benchmark_figures.memory, lambda: benchmark_report.memory_frame(BENCH)),
 }
-COLUMN_WIDE = ("figure_3", "figure_4", "figure_7", "theta_curves")
+COLUMN_WIDE = ("figure_3", "figure_4", "figure_7", "theta_curves", "bench_memory")
 THETA = STORE.theta_curves()
 MANY = Measurements(FakeLab(tasks=["arc_easy", "mmlu", "alpaca"])).theta_curves()
 VARIANTS = {
+    "one pass": lambda: benchmark_figures.latency(benchmark_report.latency_frame(made_up(decode=()))),
+    "no packed model": lambda: benchmark_figures.memory(benchmark_report.memory_frame(made_up(memory=None))),
     "one task": lambda: figures.heatmaps(STORE.ratios_by_layer("dllm").query("task == 'siqa'")),
     "no data": figures.empty,
     "32 layers": lambda: figures.overview(layers(32)),

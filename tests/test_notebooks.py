@@ -9,9 +9,11 @@ from statistics import median
 
 import nbformat
 import pytest
+from fake_bench import made_up
 from fake_lab import FakeLab
 
-from qtale_lib import claims
+from qtale_lib import benchmark_report, claims
+from qtale_lib.store import write_json
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
@@ -24,6 +26,7 @@ NAMES = [
     "05_tables_1_2_accuracy",
     "06_table_3_efficiency",
     "07_table_4_ablation",
+    "11_latency_and_memory",
 ]
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem[:2])
 
@@ -92,7 +95,8 @@ def test_it_ends_with_its_claims_and_the_setting_comes_first(path):
     sources = [cell.source for cell in code_cells(path)]
     shown = [source for source in sources if not is_set_up(source)]
     assert "results.setting(store)" in shown[0]
-    assert any("claims.verdicts(store" in source for source in sources[-2:])
+    verdicts = "benchmark_report.target_table(" if path.stem[:2] == "11" else "claims.verdicts(store"
+    assert any(verdicts in source for source in sources[-2:])
     assert any("beside_reference" in source for source in sources)
 
 
@@ -121,7 +125,8 @@ PARTS = {
 def test_every_cell_runs_on_any_part_of_a_profile(path, part, tmp_path, monkeypatch):
     """The cells in order, in one namespace, with a made-up lab in place of the profile's."""
     lab = FakeLab(questions=40, **PARTS[part])
-    lab.figures, lab.tables = tmp_path / "figures", tmp_path / "tables"
+    lab.figures, lab.tables, lab.directory = tmp_path / "figures", tmp_path / "tables", tmp_path
+    write_json(benchmark_report.folder(lab) / "tiny.json", made_up())
     monkeypatch.setattr("qtale_lib.lab.Lab", lambda profile: lab)
     monkeypatch.chdir(FOLDER)
     monkeypatch.syspath_prepend(".")
@@ -132,6 +137,6 @@ def test_every_cell_runs_on_any_part_of_a_profile(path, part, tmp_path, monkeypa
     written = {
         file.name for folder in (lab.figures, lab.tables) if folder.exists() for file in folder.iterdir()
     }
-    assert any(re.match(r"(figures?|tables?)_\d", name) for name in written)
+    assert any(re.match(r"((figures?|tables?)_\d|bench_)", name) for name in written)
     for name in written:
         assert {f"{Path(name).stem}.csv"} <= written

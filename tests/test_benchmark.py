@@ -1,0 +1,362 @@
+"""The benchmark: what it runs is what it says it runs, its result is whole, its targets follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from fake_bench import made_up
+from test_cli import qtale
+from typer.testing import CliRunner
+
+from qtale_lib import benchmark, benchmark_models, benchmark_report, cli
+from qtale_lib.adaptive import record_routes
+from qtale_lib.benchmark import Cell, Settings, Subject, Variant
+from qtale_lib.benchmark_models import (
+    Family,
+    draw_routes,
+    kept_layers,
+    kv_bytes,
+    packed_copy,
+    random_model,
+    twin,
+    weight_bytes,
+)
+from qtale_lib.errors import UserError
+from qtale_lib.lab import Lab
+from qtale_lib.store import read_json, write_json
+
+SIZES = {
+    "vocab_size": 70, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+ROUTED = 4
+ids = torch.arange(12)[None] % 70
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return random_model(SIZES, "cpu")
+
+
+@pytest.fixture(scope="module", params=["bf16", "int4"])
+def family(plain, request):
+    return Family(packed_copy(plain) if request.param == "int4" else plain, [1, 2, 4])
+
+
+def subject(family: Family, kind: str, kept: int | None) -> Subject:
+    return Subject(family, Variant("bf16", kind, kept), torch.Generator().manual_seed(0))
+
+
+# The models.
+
+
+@pytest.mark.parametrize("kind", ["random", "layerwise", "open"])
+@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+def test_routes_execute_exactly_the_share_asked_for(kind, kept):
+    generator = torch.Generator().manual_seed(1)
+    executed = draw_routes(kind, kept, ROUTED, 3, 16, 2, generator)
+    assert executed.shape == (ROUTED, 3, 16) and executed[..., :2].all()
+    if kind == "random":
+        assert (executed.sum((0, 2)) == kept * 16).all()
+        single = draw_routes(kind, kept, ROUTED, 5, 1, 0, generator)
+        assert (single.sum(0) == kept).all()
+    if kind == "layerwise":
+        assert executed.all(2).all(1).sum() == kept
+    if kind == "open" or kept == ROUTED:
+        assert executed.all()
+
+
+def test_other_seeds_draw_other_routes():
+    draws = [draw_routes("random", 2, 4, 1, 30, 2, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize(("ratio", "layers", "kept"), [(0.25, 20, 5), (0.5, 30, 15), (0.01, 8, 1), (1, 8, 8)])
+def test_ratios_become_whole_layers(ratio, layers, kept):
+    assert kept_layers(ratio, layers) == kept
+
+
+@torch.no_grad()
+def test_routers_decide_as_forced_in_prompts_and_decoding(family):
+    runs = subject(family, "random", 2)
+    runs.start(ids)
+    with record_routes(family.routed) as routes:
+        runs.run(ids)
+        told = [torch.stack([gap[..., 0] > gap[..., 1] for gap in family.forced.logits])]
+        for _ in range(3):
+            runs.ready(ids[:, :1])
+            told.append(torch.stack([gap[..., 0] > gap[..., 1] for gap in family.forced.logits]))
+            runs.run(ids[:, :1])
+    assert torch.equal(routes.executed[2:], torch.cat(told, 2)) and routes.executed[:2].all()
+    assert routes.executed[2:].sum() == 2 * 15 and runs.pairs == int(routes.executed.sum())
+
+
+@torch.no_grad()
+def test_all_gates_open_is_the_plain_model(family):
+    runs = subject(family, "open", 4)
+    runs.start(ids)
+    torch.testing.assert_close(family.routed(ids).logits, family.plain(ids).logits)
+
+
+@torch.no_grad()
+def test_the_ideal_has_layers_removed_and_shares_the_weights(family):
+    assert sorted(family.ideal) == [1, 2]  # with all four it would be the plain model
+    for kept, model in family.ideal.items():
+        layers = model.model.layers
+        assert len(layers) == 2 + kept == model.config.num_hidden_layers
+        assert [layer.self_attn.layer_idx for layer in layers] == list(range(2 + kept))
+        calls = []
+        handles = [layer.register_forward_hook(lambda *_, calls=calls: calls.append(1)) for layer in layers]
+        cache = model(ids, use_cache=True).past_key_values
+        assert len(calls) == 2 + kept == len(cache.layers)
+        for handle in handles:
+            handle.remove()
+    ours = {tensor.data_ptr() for tensor in family.plain.parameters()}
+    assert {tensor.data_ptr() for tensor in model.parameters()} <= ours
+    assert len(family.plain.model.layers) == 6 and family.plain.config.num_hidden_layers == 6
+
+
+@torch.no_grad()
+def test_a_twin_computes_the_same_and_changes_alone(family):
+    other = twin(family.plain)
+    assert torch.equal(other(ids).logits, family.plain(ids).logits)
+    del other.model.layers[0]
+    assert len(family.plain.model.layers) == 6
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("random", 1), ("random", 2), ("layerwise", 2), ("open", 4)])
+@torch.no_grad()
+def test_the_cache_holds_r_of_a_full_one(family, kind, kept):
+    full, runs = subject(family, "plain", 4), subject(family, kind, kept)
+    for each in (full, runs):
+        each.start(ids)
+        each.run(ids)
+    share = runs.pairs / full.pairs
+    allocated, filled = kv_bytes(runs.cache)
+    assert filled == pytest.approx(share * kv_bytes(full.cache)[0], rel=1e-6)
+    assert allocated == pytest.approx(filled, rel=0.01)
+
+
+def test_weights_read_are_those_of_the_layers_executed(plain):
+    layer = 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 128 + 2 * 128)  # bfloat16
+    head = 2 * (70 * 128 + 128)
+    router = 4 * (128 * 16 + 16 + 16 + 2 * 16 + 2)
+    routed = Family(plain, []).routed
+    assert weight_bytes(plain, 4) == 6 * layer + head
+    assert weight_bytes(plain, 1) == 3 * layer + head
+    assert weight_bytes(routed, 1) == 3 * layer + head + 4 * router
+    assert weight_bytes(packed_copy(plain), 4) < 0.3 * 6 * layer + head
+
+
+# A whole run.
+
+
+@pytest.fixture(scope="module")
+def result():
+    shape = benchmark_models.BenchShape(lambda: dict(SIZES), "cpu", (16,), (1, 2), context=16, repeats=2)
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(benchmark_models.SHAPES, "tiny", shape)
+        patch.setattr(benchmark, "COPIED", 2**20)
+        made = benchmark.bench(Settings("tiny", ratios=(0.5, 1.0), threads=1), said.append)
+    assert len(said) == 4
+    return made
+
+
+def test_the_result_is_whole_and_readable(result, tmp_path):
+    write_json(tmp_path / "result.json", result)
+    read = read_json(tmp_path / "result.json")
+    assert read == json.loads(json.dumps(result)) and read["schema"] == benchmark_report.SCHEMA
+    cells = {("decode", 1), ("decode", 2), ("prefill", 16)}
+    kinds = {
+        ("plain", 1),
+        ("open", 1),
+        ("ideal", 0.5),
+        ("random", 0.5),
+        ("layerwise", 0.5),
+        ("routers", None),
+    }
+    found = {(r["phase"], r["size"], r["format"], r["variant"], r["ratio"]) for r in read["times"]}
+    assert found == {(*cell, form, *kind) for cell in cells for form in ("bf16", "int4") for kind in kinds}
+    for row in read["times"]:
+        assert 0 < row["low"] <= row["seconds"] <= row["high"]
+        assert row["count"] == (2 if row["phase"] == "prefill" else 2 * benchmark.STEPS)
+    assert read["machine"]["threads"] == 1 and read["machine"]["memory_bytes"] > 2**28
+    assert read["memory"]["file"] > 10**4 and len(read["targets"]) == 13
+
+
+def test_the_result_names_neither_host_nor_place(result, tmp_path):
+    import platform
+
+    text = json.dumps(result)
+    assert "/" not in json.dumps(result["machine"]) and str(tmp_path.parent) not in text
+    assert "/tmp" not in text and "/home" not in text
+    assert len(platform.node()) < 4 or platform.node() not in text
+
+
+def test_the_caches_of_a_run_hold_r_of_a_full_one(result):
+    frame = benchmark_report.kv_frame(result)
+    assert (frame.filled / frame.expected - 1).abs().max() < 0.01
+    assert benchmark_report.kv_error(result) < 0.01
+    random = frame[frame.variant == "random"]
+    assert random.execution_ratio.tolist() == pytest.approx([(2 + 0.5 * 4) / 6] * len(random))
+
+
+def test_a_budget_of_seconds_leaves_rounds_out(plain):
+    families = {"bf16": Family(plain, [2])}
+    settings = dataclasses.replace(Settings("tiny").complete(), repeats=50)
+    with torch.no_grad():
+        rows = benchmark._measure(
+            Cell("decode", 1, 16, 70, "cpu"), families, [Variant("bf16", "plain", 4)], settings, 0.0
+        )
+    assert rows[0]["count"] == benchmark.STEPS
+
+
+def test_the_ideal_of_all_layers_is_the_plain_model():
+    found = benchmark.variants(("bf16",), [2, 4], 4)
+    assert Variant("bf16", "ideal", 2) in found and Variant("bf16", "open", 4) in found
+    assert not [v for v in found if v.kind in ("ideal", "random") and v.kept == 4]
+
+
+# The report.
+
+
+def measured(result, name: str):
+    (row,) = [row for row in result["targets"] if row["target"].startswith(name)]
+    return pytest.approx(row["measured"]) if row["measured"] is not None else None, row["met"]
+
+
+def test_targets_follow_from_the_numbers():
+    result = made_up()
+    assert measured(result, "decode, batch 1: half the routed layers by") == (1.08, True)
+    assert measured(result, "decode, batch 16: all gates") == (1.05, True)
+    assert measured(result, "decode, batch 1: bf16 by int4") == (2.5, True)
+    assert measured(result, "decode, batch 1: bf16 plain by int4") == (2.5 / (0.6 * 1.08), True)
+    assert measured(result, "the same, hoped for") == (2.5 / (0.6 * 1.08), False)
+    assert measured(result, "memory that loading") == (1.1, True)
+    assert measured(result, "KV bytes") == (0.0, True)
+    share = {"routers": 0.2 * 0.1, "random": 0.6 * 1.08}
+    assert measured(result, "decode, batch 1: the routers' share") == (
+        share["routers"] / share["random"],
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({"prefill": (), "decode": (1,)}, 8),
+        ({"prefill": (512,), "decode": ()}, 4),
+        ({"prefill": (), "decode": (), "memory": None}, 0),
+        ({"memory": {"file": 10, "added": None, "group": 128}}, 12),
+    ],
+)
+def test_what_was_not_measured_is_neither_met_nor_missed(changes, left):
+    rows = made_up(**changes)["targets"]
+    assert len(rows) == 13 and sum(row["measured"] is not None for row in rows) == left
+    assert all(row["met"] is None for row in rows if row["measured"] is None)
+    verdicts = benchmark_report.target_table(made_up(**changes)).text.verdict
+    assert (verdicts == "not measured here").sum() == 13 - left
+
+
+def test_a_ratio_near_the_half_stands_for_it_and_a_distant_one_does_not():
+    times = benchmark_report.Times(made_up())
+    assert times.row("decode", 1, "bf16", "ideal", 0.45)["ratio"] == 0.5
+    assert times.row("decode", 1, "bf16", "ideal", 0.1) is None
+
+
+def test_the_roofline_is_bytes_by_the_pace_of_a_copy():
+    frame = benchmark_report.roofline_frame(made_up())
+    row = frame[(frame["format"] == "bf16") & (frame.variant == "plain")].iloc[0]
+    assert row.floor == pytest.approx(1000 * 10**9 / 1e10) and row.ms == pytest.approx(100)
+    assert len(frame) == 8
+
+
+# The command line, and where a profile's benchmarks lie.
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--shape", "huge"], 'There is no shape "huge"'),
+        (["--formats", "int3"], '--formats (= "int3") must be among bf16, int4'),
+        (["--ratios", "0,1"], "--ratios must lie above 0"),
+        (["--ratios", "half"], '--ratios (= "half") must be numbers'),
+        (["--prefill", "5,x"], '--prefill (= "5,x") must be numbers'),
+        (["--prefill", "3"], "--prefill must be at least 8 tokens at R = 0.25"),
+        (["--context", "2"], "--context must be at least 8 tokens"),
+        (["--decode", "0"], "--decode counts from 1"),
+        (["--repeats", "0"], "--repeats must be above 0"),
+        (["--seconds", "-1"], "--seconds must be above 0"),
+        (["--prefill", "none", "--decode", "none"], "Neither prefill nor decoding"),
+        (["--device", "tpu"], '--device (= "tpu") must be cpu or cuda'),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(given, sentence):
+    shape = [] if "--shape" in given else ["--shape", "tiny"]
+    refused = CliRunner().invoke(cli.app, ["bench", *shape, *given]).exception
+    assert isinstance(refused, UserError) and sentence in str(refused)
+
+
+def test_a_refusal_is_one_sentence_and_code_2(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = qtale("bench", "--shape", "tiny", "--out", str(tmp_path / "file" / "a.json"))
+    assert done.returncode == 2 and "--out (= " in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_shape_for_a_gpu_says_so():
+    with pytest.raises(UserError, match=r"llama-3\.1-8b is measured on a GPU"):
+        Settings("llama-3.1-8b").complete()
+
+
+def test_options_choose_a_part(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(benchmark, "bench", lambda settings, say: asked.append(settings) or made_up())
+    path = tmp_path / "deep" / "a.json"
+    options = {"shape": "tiny", "prefill": "none", "decode": "1,16", "formats": "int4", "ratios": "0.5,1"}
+    options |= {"repeats": "2", "seconds": "9", "out": str(path)}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    done = CliRunner().invoke(cli.app, ["bench", *words])
+    assert done.exit_code == 0, done.output
+    assert "Targets" in done.output and read_json(path)["schema"] == benchmark_report.SCHEMA
+    (given,) = asked
+    assert (given.prefill, given.decode, given.formats, given.ratios) == ((), (1, 16), ("int4",), (0.5, 1.0))
+    assert (given.repeats, given.seconds, given.context) == (2, 9.0, 16)
+
+
+def test_the_largest_shape_is_shown_and_a_small_one_measured_if_there_is_none(tmp_path):
+    lab, called = Lab("smoke", tmp_path), []
+
+    def run(command, **_):
+        called.append(command)
+        write_json(benchmark_report.folder(lab) / "tiny.json", made_up(shape="tiny"))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    assert benchmark_report.stored(lab) is None
+    before = benchmark_report.fingerprint(lab)
+    assert benchmark_report.of_profile(lab, run)["shape"]["name"] == "tiny"
+    assert called[0][1:6] == ["-m", "qtale_lib", "bench", "--shape", "tiny"]
+    assert benchmark_report.fingerprint(lab) != before
+    write_json(benchmark_report.folder(lab) / "tinyllama-1.1b.json", made_up())
+    assert benchmark_report.of_profile(lab, run)["shape"]["name"] == "tinyllama-1.1b"
+    assert len(called) == 1
+
+
+def test_a_failed_benchmark_says_why(tmp_path):
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "much\nno room left\n")
+
+    with pytest.raises(UserError, match="no room left"):
+        benchmark_report.of_profile(Lab("smoke", tmp_path), run)
+
+
+def test_reading_a_benchmark_needs_no_torch():
+    code = "import sys, qtale_lib.benchmark_report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

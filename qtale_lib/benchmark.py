@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +54,21 @@ from qtale_lib.quantization.packed_files import save_packed
 STEPS = 4  # tokens that a variant decodes in each repetition, each timed
 COPIED = 2**28  # bytes that the copy moves to measure memory bandwidth: more than any cache holds
 RATIOS = (0.25, 0.5, 0.75, 1.0)
+PARTS = ("passes", "training", "search")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What to measure; None stands for the shape's own.
 
+    parts: passes of inference; a training step beside plain LoRA's; the AWQ search beside autoawq's.
     prefill: tokens of a prompt; decode: rows of a batch; ratios: R, the share of the routed layers that run.
     repeats: rounds over all variants; seconds: a budget, within which rounds are left out.
     threads: of torch; None is its own choice.
     """
 
     shape: str = "tinyllama-1.1b"
+    parts: tuple[str, ...] = PARTS
     prefill: tuple[int, ...] | None = None
     decode: tuple[int, ...] | None = None
     formats: tuple[str, ...] = FORMATS
@@ -93,6 +97,8 @@ class Settings:
         return complete
 
     def _check(self, shape: BenchShape) -> None:
+        if not self.parts or not set(self.parts) <= set(PARTS):
+            raise UserError(f'--parts (= "{",".join(self.parts)}") must be among {", ".join(PARTS)}.')
         if not self.prefill and not self.decode:
             raise UserError("Neither prefill nor decoding is left to measure; give --prefill or --decode.")
         unknown = [name for name in self.formats if name not in FORMATS]
@@ -258,21 +264,43 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
     with _threads(settings.threads), torch.no_grad():
         machine = _machine(settings)
         say(f"{settings.shape} on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads")
-        families, config = _families(settings), SHAPES[settings.shape].config()
-        memory = _memory(families.get("int4"), settings) if "int4" in families else None
-        times = _times(families, settings, say)
-        weights = _weights(families)
-    result = {
-        "schema": SCHEMA,
-        "settings": asdict(settings),
-        "shape": {"name": settings.shape, "routed_layers": routed_layers(config), "config": config},
-        "machine": machine,
-        "times": times,
-        "weights": weights,
-        "memory": memory,
-        "provenance": watch.provenance(),
-    }
+        config = SHAPES[settings.shape].config()
+        measured = {"times": [], "weights": [], "memory": None}
+        if "passes" in settings.parts:
+            measured = _passes(settings, say)
+        result = {
+            "schema": SCHEMA,
+            "settings": asdict(settings),
+            "shape": {"name": settings.shape, "routed_layers": routed_layers(config), "config": config},
+            "machine": machine,
+            **measured,
+            **_work(settings, config, say),
+            "provenance": watch.provenance(),
+        }
     return {**result, "targets": targets(result)}
+
+
+def _passes(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
+    families = _families(settings)
+    memory = _memory(families["int4"], settings) if "int4" in families else None
+    return {"times": _times(families, settings, say), "weights": _weights(families), "memory": memory}
+
+
+def _work(settings: Settings, config: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Times of what comes before inference; None for what was not asked for."""
+    from qtale_lib import benchmark_work  # peft and Trainer take a while to load
+
+    found: dict[str, Any] = {"training": None, "search": None}
+    clock, tokens = partial(seconds, device=settings.device), SHAPES[settings.shape].trained
+    if "training" in settings.parts:
+        say(f"a training step on {tokens} tokens")
+        model = random_model(config, settings.device, settings.seed)
+        with torch.enable_grad():
+            found["training"] = benchmark_work.training_times(model, tokens, settings.repeats, clock)
+    if "search" in settings.parts:
+        say("the AWQ search")
+        found["search"] = benchmark_work.search_times(config, tokens, clock)
+    return found
 
 
 @contextmanager

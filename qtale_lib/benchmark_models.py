@@ -34,6 +34,7 @@ class BenchShape:
 
     config: keywords of `LlamaConfig`; device: "cpu" or "cuda".
     prefill, decode: tokens of a prompt, and rows of a batch; context: tokens before the first decoded one.
+    trained: tokens of a training row, and of a calibration text.
     """
 
     config: Callable[[], dict[str, Any]]
@@ -42,6 +43,7 @@ class BenchShape:
     decode: tuple[int, ...] = (1, 4, 16)
     context: int = 32
     repeats: int = 7
+    trained: int = 128
 
 
 def _embedded() -> dict[str, Any]:
@@ -59,9 +61,9 @@ TINYLLAMA = {"hidden": 2048, "intermediate": 5632, "layers": 22, "heads": 32, "k
 LLAMA31_8B = {"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "key_value_heads": 8}
 # in order of size
 SHAPES = {
-    "tiny": BenchShape(_embedded, "cpu", (16, 64), (1, 4), context=16, repeats=3),
+    "tiny": BenchShape(_embedded, "cpu", (16, 64), (1, 4), context=16, repeats=3, trained=32),
     "tinyllama-1.1b": BenchShape(_llama(vocab_size=32000, **TINYLLAMA), "cpu"),
-    "llama-3.1-8b": BenchShape(_llama(vocab_size=128256, **LLAMA31_8B), "cuda", repeats=15),
+    "llama-3.1-8b": BenchShape(_llama(vocab_size=128256, **LLAMA31_8B), "cuda", repeats=15, trained=1024),
 }
 
 

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qtale_lib import benchmark_report, tables
+from qtale_lib import benchmark_report, sweep, tables
 from qtale_lib.config import load_profile
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import RULES, Job, Run, all_jobs, needs
@@ -281,11 +281,27 @@ def publish(profile: str) -> None:
         typer.echo(_short(path))
 
 
+@app.command(name="sweep")
+def sweep_recipe(
+    path: Annotated[Path, typer.Argument(help="Its YAML; the shipped one if not given.")] = sweep.RECIPE,
+) -> None:
+    """Vary each factor of a recipe alone, on validation questions, and show what it does."""
+    asked = sweep.load_sweep(path)
+    outcomes = sweep.compute(asked)
+    lab = Lab(sweep.settings(asked)[0].profile)
+    _print(tables.save(sweep.table(asked), lab.tables))
+    typer.echo(f"table: {_short(lab.tables)}")
+    failed = [outcome for outcome in outcomes if outcome.status != "done"]
+    if failed:
+        raise _exit(lab, failed)
+
+
 @app.command()
 def bench(
     shape: Annotated[
         str, typer.Option(help="tinyllama-1.1b, llama-3.1-8b (GPU) or tiny.")
     ] = "tinyllama-1.1b",
+    parts: Annotated[str, typer.Option(help="What to time.")] = "passes,training,search",
     prefill: Annotated[str | None, typer.Option(help="Prompt lengths, such as 32,512; or none.")] = None,
     decode: Annotated[str | None, typer.Option(help="Batches, such as 1,16; or none.")] = None,
     formats: Annotated[str, typer.Option(help="Of the weights.")] = "bf16,int4",
@@ -300,21 +316,24 @@ def bench(
     profile: ProfileName = "tiny",
     out: Annotated[Path | None, typer.Option(help="The JSON, if not in the profile's results.")] = None,
 ) -> None:
-    """Time skipping and packed weights beside the plain model and one with layers removed."""
+    """Time skipping and packed weights beside the plain model and one with layers removed; a training step
+    and the AWQ search beside what they are held against.
+    """
     from qtale_lib.benchmark import Settings
     from qtale_lib.benchmark import bench as measure  # loads torch
 
     numbers = {"prefill": _listed("prefill", prefill, int), "decode": _listed("decode", decode, int)}
     settings = Settings(
-        shape, **numbers, formats=_listed("formats", formats, str), ratios=_listed("ratios", ratios, float),
+        shape, _listed("parts", parts, str), **numbers,
+        formats=_listed("formats", formats, str), ratios=_listed("ratios", ratios, float),
         repeats=repeats, context=context, threads=threads, seconds=seconds, device=device,
     ).complete()  # fmt: skip
     path = out or benchmark_report.folder(Lab(profile)) / f"{shape}.json"
     _check_writable(path)
     result = measure(settings, typer.echo)
     write_json(path, result)
-    for table in benchmark_report.PRINTED:
-        _print(table(result))
+    for table in benchmark_report.printed(result):
+        _print(table)
     typer.echo(f"result: {_short(path.resolve())}")
 
 

@@ -189,6 +189,7 @@ class Profile(Section):
     data_dir: folder with the benchmarks' original files; None for the embedded world.
     group_size: weights that share a quantization scale; -1 for one group per row.
     max_steps: optimizer steps of a fine-tuning, in place of what `epochs` come to; None leaves it to them.
+    evaluated: the split that is measured, up to `limit.test`: "validation" while settings are being chosen.
     """
 
     name: Annotated[
@@ -220,6 +221,7 @@ class Profile(Section):
         ),
     ]
     max_steps: CountOrNull
+    evaluated: Literal["test", "validation"]
     limit: Limit
     overlong: Literal["drop", "cut"]
     max_length: Count

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtale_lib.adaptive import record_routes, reserved_tokens, skipping_if_auto
 from qtale_lib.data.encoding import Pair, encode_pairs, fit_all, pad_right, response_pairs
-from qtale_lib.data.prompts import render
+from qtale_lib.data.prompts import Rendered, render
 from qtale_lib.data.schema import Example
 from qtale_lib.errors import UserError
 from qtale_lib.losses import counted_tokens
@@ -175,17 +176,20 @@ class ChoiceModel(LM):
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.max_length = batch_size, max_length
         self.count = ExecutionCount()
+        self.further: list[tuple[str, str]] = []  # (context, continuation) scored in the same passes
+        self.further_sums: list[float] = []
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """(summed log-likelihood, is it the greedy continuation) of each (context, continuation)."""
-        texts = [request.args for request in requests]
+        texts = [*(request.args for request in requests), *self.further]
         pairs = encode_pairs(self.tokenizer, texts)
         contexts = [context for context, _ in texts]
         pairs, _ = fit_all(pairs, self.tokenizer, self.max_length, "cut", contexts)
         scores = score(self.model, pairs, self.batch_size)
         self.count = scores.count
         sums = [float(values.sum()) for values in scores.log_probabilities]
-        return list(zip(sums, scores.greedy, strict=True))
+        self.further_sums = sums[len(requests) :]
+        return list(zip(sums, scores.greedy, strict=True))[: len(requests)]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """Not used: see perplexity."""
@@ -211,12 +215,16 @@ def evaluate_choices(
     max_length: tokens of prompt and choice together; None is the model's own limit. A question with a longer
     choice is left out ("drop") or its prompt cut from the left ("cut"); "rows" in the result counts both.
     Returns acc, stderr, count, nll (mean of −log of the right answer's share among the choices' likelihoods),
-    execution_ratio, loss_ratio, tokens, task_version, rows, protocol, and per question: ids, facts, correct,
-    choice_nll. Raises UserError where nothing is left to score.
+    open_acc (against all values that the choices were drawn from), expected_acc (acc's expectation over that
+    draw; both None where the prompt lists the choices), execution_ratio, loss_ratio, tokens, task_version,
+    rows, protocol, and per question: ids, facts, correct, choice_nll, and open_correct and expected_correct,
+    which are None where they equal correct. Raises UserError where nothing is left to score.
     """
     max_length = max_length or model.config.max_position_embeddings
     kept, _, rows = fitting_choices(examples, tokenizer, style, max_length, overlong)
     adapter = ChoiceModel(model, tokenizer, batch_size, max_length)
+    rendered = [render(example, style) for example in kept]
+    adapter.further = [(text.prompt, f" {value}") for text in rendered for value in text.values]
     results = _lm_eval(adapter, kept, task, style)
     name = f"qtale_{task}"
     samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
@@ -226,6 +234,7 @@ def evaluate_choices(
         "stderr": results["results"][name]["acc_stderr,none"] if len(kept) > 1 else None,
         "count": len(kept),
         "nll": sum(choice_nll) / len(choice_nll),
+        **_without_the_draw(kept, rendered, adapter.further_sums),
         **adapter.count.ratios(),
         "task_version": results["versions"][name],
         "rows": rows,
@@ -242,6 +251,32 @@ def evaluate_choices(
             "few_shot": 0,
             "lm_eval": version("lm_eval"),
         },
+    }
+
+
+def _without_the_draw(
+    examples: Sequence[Example], rendered: Sequence[Rendered], sums: Sequence[float]
+) -> dict[str, Any]:
+    """Accuracies that do not hang on which wrong choices were drawn, from all values' log-likelihoods.
+
+    With b of n − 1 wrong values less likely than the right one, k choices hold none that is likelier with
+    probability C(b, k − 1) / C(n − 1, k − 1).
+    """
+    if not all(text.values for text in rendered):
+        return dict.fromkeys(("open_acc", "expected_acc", "open_correct", "expected_correct"))
+    left, right, expected = iter(sums), [], []
+    for example, text in zip(examples, rendered, strict=True):
+        values = list(islice(left, len(text.values)))
+        own = values.pop(text.values.index(text.continuations[example.answer]))
+        beaten, wrong = sum(own > other for other in values), len(text.continuations) - 1
+        right.append(int(beaten == len(values)))
+        expected.append(math.comb(beaten, wrong) / math.comb(len(values), wrong))
+    fixed = all(len(text.values) == len(text.continuations) for text in rendered)
+    return {
+        "open_acc": sum(right) / len(right),
+        "expected_acc": sum(expected) / len(expected),
+        "open_correct": None if fixed else right,
+        "expected_correct": None if fixed else expected,
     }
 
 

@@ -29,7 +29,7 @@ from qtale_lib.provenance import ROOT, Stopwatch
 from qtale_lib.store import Store, digest, read_json, sweep, write_json
 
 # Raised by hand when a stage's code comes to give other numbers from the same settings.
-STAGE_VERSIONS = {"finetune": 3, "quantization": 1, "threshold": 2, "evaluation": 2}
+STAGE_VERSIONS = {"finetune": 4, "quantization": 2, "threshold": 3, "evaluation": 3}
 ENCODING = ("prompt", "max_length", "overlong", "dtype")
 FINETUNING = (*ENCODING, "max_steps", "training", "lora", "routing", "probes")
 QUANTIZING = ("quantization", "group_size")
@@ -37,7 +37,6 @@ SPLITS_READ = {
     "finetune": ("train",),
     "quantization": ("train",),
     "threshold": ("calibration",),
-    "evaluation": ("test",),
 }
 READ_ONLY = "QTALE_READ_ONLY"
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -100,9 +99,9 @@ class Lab:
         limits = {
             "train": [profile.limit.train],
             "calibration": [profile.limit.calibration, profile.calibration.questions],
-            "test": [profile.limit.test],
+            profile.evaluated: [profile.limit.test],
         }
-        given = [limit for limit in limits[split] if limit is not None]
+        given = [limit for limit in limits.get(split, ()) if limit is not None]
         loaded = read_task(task, split, profile.data_dir)
         return Loaded(subset(loaded.examples, min(given, default=None)), loaded.source)
 
@@ -130,7 +129,7 @@ class Lab:
         if kind == "threshold":
             sources["calibration"] = self._data_hash(task, "calibration")
         if kind == "evaluation":
-            sources["test"] = self._data_hash(task, "test")
+            sources["test"] = self._data_hash(task, self.profile.evaluated)
             theta = self.theta(spec)
             if theta == "unknown":
                 return None
@@ -231,7 +230,10 @@ class Lab:
             profile_digest=self.profile.digest(),
             base_hash=self.base()["sha256"],
             made_from=self.made_from(kind, spec),
-            data={split: self.source(spec["task"], split) for split in SPLITS_READ[kind]},
+            data={
+                split: self.source(spec["task"], split)
+                for split in SPLITS_READ.get(kind, (self.profile.evaluated,))
+            },
         )
         value = compute(self.store.files(*address))
         return self.store.put(

@@ -41,16 +41,16 @@ def check(lab: Lab, wanted: Iterable[Job]) -> None:
     """
     jobs = list(wanted)
     check_folders(lab)
-    for task, split in dict.fromkeys(pair for job in jobs for pair in _splits(job)):
+    for task, split in dict.fromkeys(pair for job in jobs for pair in _splits(job, lab)):
         lab.examples(task, split)
     directory = check_base(lab.profile)
     check_settings(lab.profile, read_config(directory), tensor_shapes(directory), jobs)
     check_lengths(lab, directory, list(dict.fromkeys(job.run.task for job in jobs)))
 
 
-def _splits(job: Job) -> list[tuple[str, str]]:
+def _splits(job: Job, lab: Lab) -> list[tuple[str, str]]:
     names = ["train"]
-    names += ["test"] if job.bits else []
+    names += [lab.profile.evaluated] if job.bits else []
     names += ["calibration"] if job.bits and job.run.routed else []
     return [(job.run.task, name) for name in names]
 

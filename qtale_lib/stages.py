@@ -164,8 +164,8 @@ def _evaluate(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
 def measure(
     lab: Lab, task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """The task's metric on its test examples: accuracy by lm-eval, or perplexity for Alpaca."""
-    examples = lab.examples(task, "test")
+    """The task's metric on the examples that are evaluated: accuracy by lm-eval, or perplexity for Alpaca."""
+    examples = lab.examples(task, lab.profile.evaluated)
     if task == "alpaca":
         return {"metric": "ppl", **perplexity(model, tokenizer, examples, **fitting(lab))}
     return {"metric": "acc", **evaluate_choices(model, tokenizer, examples, task, **fitting(lab))}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fake_bench import made_up
 from test_cli import qtale
 from typer.testing import CliRunner
 
-from qtale_lib import benchmark, benchmark_models, benchmark_report, cli
+from qtale_lib import benchmark, benchmark_models, benchmark_report, benchmark_work, cli
 from qtale_lib.adaptive import record_routes
 from qtale_lib.benchmark import Cell, Settings, Subject, Variant
 from qtale_lib.benchmark_models import (
@@ -164,8 +165,9 @@ def result():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(benchmark_models.SHAPES, "tiny", shape)
         patch.setattr(benchmark, "COPIED", 2**20)
-        made = benchmark.bench(Settings("tiny", ratios=(0.5, 1.0), threads=1), said.append)
-    assert len(said) == 4
+        parts = ("passes", "training")
+        made = benchmark.bench(Settings("tiny", parts, ratios=(0.5, 1.0), threads=1), said.append)
+    assert len(said) == 5
     return made
 
 
@@ -188,7 +190,11 @@ def test_the_result_is_whole_and_readable(result, tmp_path):
         assert 0 < row["low"] <= row["seconds"] <= row["high"]
         assert row["count"] == (2 if row["phase"] == "prefill" else 2 * benchmark.STEPS)
     assert read["machine"]["threads"] == 1 and read["machine"]["memory_bytes"] > 2**28
-    assert read["memory"]["file"] > 10**4 and len(read["targets"]) == 13
+    assert read["memory"]["file"] > 10**4 and len(read["targets"]) == 15
+    assert read["search"] is None and read["training"]["tokens"] == 128
+    for name in ("plain", "routed"):
+        taken = read["training"][name]
+        assert 0 < taken["low"] <= taken["seconds"] <= taken["high"] and taken["count"] == 2
 
 
 def test_the_result_names_neither_host_nor_place(result, tmp_path):
@@ -206,6 +212,25 @@ def test_the_caches_of_a_run_hold_r_of_a_full_one(result):
     assert benchmark_report.kv_error(result) < 0.01
     random = frame[frame.variant == "random"]
     assert random.execution_ratio.tolist() == pytest.approx([(2 + 0.5 * 4) / 6] * len(random))
+
+
+def test_a_training_step_leaves_the_shared_model_alone(plain):
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    clock = partial(benchmark.seconds, device="cpu")
+    times = benchmark_work.training_times(plain, 12, 1, clock)
+    assert times["plain"]["seconds"] > 0 and times["routed"]["seconds"] > 0
+    after = plain.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="autoawq is installed on Linux only")
+def test_both_awq_searches_are_timed():
+    config = {**SIZES, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
+    config["num_key_value_heads"] = 1
+    times = benchmark_work.search_times(config, 16, partial(benchmark.seconds, device="cpu"))
+    assert times["native"]["seconds"] > 0 and times["autoawq"]["seconds"] > 0
+    assert (times["layers"], times["tokens"]) == (2, 16)
 
 
 def test_a_budget_of_seconds_leaves_rounds_out(plain):
@@ -251,15 +276,16 @@ def test_targets_follow_from_the_numbers():
 @pytest.mark.parametrize(
     ("changes", "left"),
     [
-        ({"prefill": (), "decode": (1,)}, 8),
-        ({"prefill": (512,), "decode": ()}, 4),
-        ({"prefill": (), "decode": (), "memory": None}, 0),
-        ({"memory": {"file": 10, "added": None, "group": 128}}, 12),
+        ({"prefill": (), "decode": (1,)}, 10),
+        ({"prefill": (512,), "decode": ()}, 6),
+        ({"prefill": (), "decode": (), "memory": None}, 2),
+        ({"training": None, "search": None}, 13),
+        ({"memory": {"file": 10, "added": None, "group": 128}}, 14),
     ],
 )
 def test_what_was_not_measured_is_neither_met_nor_missed(changes, left):
     rows = made_up(**changes)["targets"]
-    assert len(rows) == 13 and sum(row["measured"] is not None for row in rows) == left
+    assert len(rows) == 15 and sum(row["measured"] is not None for row in rows) == left
     assert all(row["met"] is None for row in rows if row["measured"] is None)
     verdicts = benchmark_report.target_table(made_up(**changes)).text.verdict
     assert (verdicts == "not measured here").sum() == 13 - left
@@ -285,6 +311,7 @@ def test_the_roofline_is_bytes_by_the_pace_of_a_copy():
     ("given", "sentence"),
     [
         (["--shape", "huge"], 'There is no shape "huge"'),
+        (["--parts", "passes,rest"], '--parts (= "passes,rest") must be among passes, training, search'),
         (["--formats", "int3"], '--formats (= "int3") must be among bf16, int4'),
         (["--ratios", "0,1"], "--ratios must lie above 0"),
         (["--ratios", "half"], '--ratios (= "half") must be numbers'),

@@ -336,6 +336,7 @@ def changed(value):
         key = next(key for key in value if isinstance(value[key], int | float))
         return {**value, key: value[key] * 2}
     other = {"microworld": "owner/model", "drop": "cut", "compact": "dllm", "float32": "bfloat16"}
+    other["test"] = "validation"
     return other[value] if isinstance(value, str) else value[1:] if len(value) > 1 else [7]
 
 

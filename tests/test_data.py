@@ -338,7 +338,7 @@ def test_encode_labels_the_response_and_the_end(bos, eos):
     tokenizer = word_tokenizer(bos, eos)
     row = encode(question(), tokenizer)
     words = tokenizer.convert_ids_to_tokens(row["input_ids"])
-    prompt = ["question", ":", "w0", "w1", "w2", "choices", ":", "w1", ";", "w2", "w3", ".", "answer", ":"]
+    prompt = ["question", ":", "w0", "w1", "w2", "answer", ":"]
     assert words == ["<s>"] * bos + prompt + ["w2", "w3"] + ["</s>"] * eos
     assert row["labels"] == [IGNORED] * (bos + len(prompt)) + row["input_ids"][bos + len(prompt) :]
 

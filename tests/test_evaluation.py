@@ -3,6 +3,8 @@
 import math
 import os
 import random
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from statistics import stdev
 
@@ -69,6 +71,32 @@ def test_choices_agree_with_one_forward_pass_per_choice(model):
     assert (result["count"], result["task_version"]) == (12, 1.0)
     assert result["facts"] == [[f"f{index}"] for index in range(12)]
     assert result["protocol"]["lm_eval"] == "0.4.13" and result["protocol"]["style"] == "compact"
+
+
+def test_open_and_expected_accuracy_are_those_of_every_possible_draw(model):
+    """Against all draws of three wrong choices, enumerated; the drawn choices' own scores stay the same."""
+    drawn = [
+        replace(row, choices=(f"w{i}", f"w{i} w2", f"w{i + 9}", f"w{i + 18}"), response=f"w{i + 9}", answer=2)
+        for i, row in enumerate(questions(8))
+    ]
+    rows = [replace(row, values=("w30", *row.choices, "w31 w2", "w32", "w33")) for row in drawn]
+    result = evaluate_choices(model, TOKENIZER, rows, "arc_easy", batch_size=5)
+    open_right, expected = [], []
+    for row in rows:
+        sums = {value: log_likelihood(model, render(row).prompt, value) for value in row.values}
+        right = sums.pop(row.response)
+        open_right.append(int(right > max(sums.values())))
+        draws = [right > max(draw) for draw in combinations(sums.values(), 3)]
+        expected.append(sum(draws) / len(draws))
+    assert result["open_correct"] == open_right and result["open_acc"] == sum(open_right) / 8
+    assert result["expected_correct"] == pytest.approx(expected) and 0 < result["expected_acc"] < 1
+    assert result["expected_acc"] == pytest.approx(sum(expected) / 8)
+    alone = evaluate_choices(model, TOKENIZER, drawn, "arc_easy", batch_size=5)
+    assert alone["choice_nll"] == pytest.approx(result["choice_nll"], abs=1e-4)
+    assert (alone["open_acc"], alone["expected_acc"]) == (alone["acc"], alone["acc"])
+    assert alone["open_correct"] is None
+    listed = evaluate_choices(model, TOKENIZER, rows, "arc_easy", style="dllm", max_length=512)
+    assert listed["open_acc"] is listed["expected_acc"] is None
 
 
 def counted_by_hand(model, sequences: set[tuple[int, ...]]) -> dict[str, float]:
@@ -172,7 +200,7 @@ def test_an_oracle_is_always_right_and_its_opposite_never(sign, accuracy):
 
 def test_overlong_questions_are_dropped_or_cut_alike_for_all_choices():
     model, rows = tiny_llama(len(TOKENIZER)), questions(6)
-    rows[2] = Example("2", "arc_easy", {"question": " ".join(WORDS[:30])}, ("w1", "w2 w3", "w4", "w5"), 0)
+    rows[2] = Example("2", "arc_easy", {"question": " ".join(WORDS[:36])}, ("w1", "w2 w3", "w4", "w5"), 0)
     dropped = evaluate_choices(model, TOKENIZER, rows, "arc_easy", max_length=40)
     assert dropped["rows"] == {"used": 5, "dropped": 1, "cut": 0}
     assert dropped["ids"] == ["0", "1", "3", "4", "5"]

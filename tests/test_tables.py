@@ -25,6 +25,7 @@ BUILDERS = {
     "beside 1": lambda store: results.accuracy_beside_paper(store, "table1"),
     "beside 2": lambda store: results.accuracy_beside_paper(store, "table2"),
     "changes": results.changes_table,
+    "metrics": results.metrics_table,
     "rows": results.rows_table,
     "ablation": results.ablation_table,
     "ablation beside": results.ablation_beside_paper,
@@ -74,6 +75,21 @@ def test_every_table_is_written_in_three_formats(name, store, tmp_path):
         for column in table.frame.select_dtypes("number"):
             assert np.allclose(read[column], table.frame[column], equal_nan=True)
     assert not table.frame.duplicated(list(table.keys)).any()
+
+
+def test_further_metrics_are_means_over_the_commonsense_tasks_in_percent():
+    accuracies = [("piqa", 0, 0.8), ("boolq", 0, 0.6), ("piqa", 1, 0.4), ("boolq", 1, 0.6), ("mmlu", 0, 0.1)]
+    frame = pd.DataFrame([
+        {"task": t, "method": "full", "seed": s, "bits": 16, "theta_rule": "none", "metric": "acc",
+         "acc": a, "expected_acc": a + 0.1, "open_acc": a - 0.1, "nll": 0.5 * a}
+        for t, s, a in accuracies
+    ])  # fmt: skip
+    store = SimpleNamespace(evaluations=frame, profile=STORE.profile)
+    table = results.metrics_table(store)
+    assert table.text.to_dict("records") == [
+        {"bits": "16", "method": "Full", "θ": "–", "sampled": "60.0", "expected": "70.0", "open": "50.0",
+         "NLL of the choices": "0.30"}
+    ]  # fmt: skip
 
 
 def test_accuracy_cells_are_the_evaluations():

@@ -1,8 +1,9 @@
 """How an Example becomes text: two prompt styles, each a table of templates by task.
 
-"compact": a short line in plain words, answered with the option's own text. The embedded base is pretrained
-on it. "dllm": the instruction format of D-LLM's fine-tuning (Alpaca's wrapper around a task description),
-answered with the option's label. The wrapper is Alpaca's; the task descriptions are in our own words.
+"compact": a short line in plain words, answered with an option's own text (the cloze form: the prompt does
+not list the options, so one prompt scores them all). The embedded base is pretrained on it. "dllm": the
+instruction format of D-LLM's fine-tuning (Alpaca's wrapper around a task description), answered with the
+option's label. The wrapper is Alpaca's; the task descriptions are in our own words.
 
 The text fed to a model is always prompt + " " + continuation.
 """
@@ -15,14 +16,14 @@ from qtale_lib.data.schema import Example
 from qtale_lib.errors import UserError
 
 COMPACT = {
-    "piqa": "goal : {goal} choices : {options} . answer :",
+    "piqa": "goal : {goal} answer :",
     "boolq": "passage : {passage} question : {question} ? answer :",
-    "siqa": "context : {context} question : {question} choices : {options} . answer :",
-    "arc_easy": "question : {question} choices : {options} . answer :",
-    "arc_challenge": "question : {question} choices : {options} . answer :",
-    "winogrande": "sentence : {sentence} choices : {options} . answer :",
-    "openbookqa": "question : {question} choices : {options} . answer :",
-    "mmlu": "subject : {subject} question : {question} choices : {options} . answer :",
+    "siqa": "context : {context} question : {question} answer :",
+    "arc_easy": "question : {question} answer :",
+    "arc_challenge": "question : {question} answer :",
+    "winogrande": "sentence : {sentence} answer :",
+    "openbookqa": "question : {question} answer :",
+    "mmlu": "subject : {subject} question : {question} answer :",
     "alpaca": "instruction : {instruction} input : {input} response :",
 }
 COMPACT_WITHOUT_INPUT = "instruction : {instruction} response :"
@@ -89,11 +90,14 @@ DLLM = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """prompt; one continuation per choice (none for alpaca); target: the right one, or the response."""
+    """prompt; one continuation per choice (none for alpaca); target: the right one, or the response; values:
+    a continuation per answer that the choices were drawn from (none where the prompt lists the choices).
+    """
 
     prompt: str
     continuations: tuple[str, ...]
     target: str
+    values: tuple[str, ...] = ()
 
 
 def render(example: Example, style: str = "compact") -> Rendered:
@@ -107,8 +111,8 @@ def render(example: Example, style: str = "compact") -> Rendered:
 
 def _compact(example: Example) -> Rendered:
     template = COMPACT_WITHOUT_INPUT if example.fields.get("input") == "" else COMPACT[example.task]
-    prompt = template.format(**example.fields, options=" ; ".join(example.choices))
-    return Rendered(prompt, example.choices, example.response)
+    values = example.values or example.choices
+    return Rendered(template.format(**example.fields), example.choices, example.response, values)
 
 
 def _dllm(example: Example) -> Rendered:

@@ -5,7 +5,7 @@ same Example.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SPLITS = ("train", "validation", "calibration", "test")
 
@@ -19,7 +19,8 @@ class Example:
     mmlu {subject, question}; alpaca {instruction, input}. As in the originals, a boolq question carries no
     question mark. choices, answer: the options' own texts and the index of the right one; () and None for
     alpaca. response: the text a model is to give; left empty, it becomes choices[answer]. facts: ids of the
-    embedded world's facts that the row rests on; () for other data.
+    embedded world's facts that the row rests on; () for other data. values: all answers that the choices were
+    drawn from, the right one among them; () where the choices are all there is.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Example:
     answer: int | None = None
     response: str = ""
     facts: tuple[str, ...] = ()
+    values: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.answer is None:

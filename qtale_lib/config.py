@@ -66,6 +66,7 @@ NotNegative = Annotated[
     float, Field(strict=True, ge=0, allow_inf_nan=False, description="a number of at least 0")
 ]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1, description="a number of at least 0 and below 1")]
+Theta = Annotated[float, Field(strict=True, gt=0, lt=1)]
 Text = Annotated[
     str, Field(strict=True, min_length=1, description="a text (in quotes if it reads as a number)")
 ]
@@ -189,6 +190,7 @@ class Profile(Section):
     data_dir: folder with the benchmarks' original files; None for the embedded world.
     group_size: weights that share a quantization scale; -1 for one group per row.
     max_steps: optimizer steps of a fine-tuning, in place of what `epochs` come to; None leaves it to them.
+    theta_sweep: further θ at which every routed model is evaluated, at every bit width; usually none.
     """
 
     name: Annotated[
@@ -220,6 +222,11 @@ class Profile(Section):
         ),
     ]
     max_steps: CountOrNull
+    theta_sweep: Annotated[
+        tuple[Theta, ...],
+        AfterValidator(_distinct),
+        Field(description="a list of numbers above 0 and below 1, none twice; [] for no sweep"),
+    ]
     limit: Limit
     overlong: Literal["drop", "cut"]
     max_length: Count

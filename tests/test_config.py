@@ -171,6 +171,8 @@ KEYS = "allowed there are"
         ("max_steps: -3", f"max_steps (= -3) {WHOLE}, or null"),
         ("max_steps: 1.5", f"max_steps (= 1.5) {WHOLE}, or null"),
         ("max_steps: no", f"max_steps (= false) {WHOLE}, or null"),
+        ("theta_sweep: [0.1, 1]",
+         "theta_sweep (= 1) must be a list of numbers above 0 and below 1, none twice; [] for no sweep"),
         ("limit: {train: 0}", f"limit.train (= 0) {WHOLE}, or null"),
         ("limit: 100", "limit (= 100) must be a mapping with the keys train, calibration, test"),
         ("limit: {tests: 5}",
@@ -342,7 +344,14 @@ def changed(value):
 @pytest.mark.parametrize("section", [s for s in Profile.model_fields if s not in LABELS])
 def test_digest_sees_every_section_and_a_stages_only_its_own(section, tmp_path):
     tiny = load_profile("tiny")
-    new = {"revision": "abc", "data_dir": str(tmp_path), "group_size": 64, "max_steps": 7, "max_length": 77}
+    new = {
+        "revision": "abc",
+        "data_dir": str(tmp_path),
+        "group_size": 64,
+        "max_steps": 7,
+        "max_length": 77,
+        "theta_sweep": [0.1],
+    }
     profile = load_profile(
         "tiny", **{section: new.get(section) or changed(tiny.model_dump(mode="json")[section])}
     )

@@ -222,8 +222,17 @@ def test_notebooks_need_what_they_show():
         assert {(job.run.task, job.run.method, job.bits) for job in jobs.needs(chosen, number)} == {
             (task, method, None) for task in ("arc_easy", "siqa") for method in ("dllm", "qtale")
         }
-    assert {job.bits for job in jobs.needs(chosen, "07")} == {None, 16, 4}
+    assert {job.bits for job in jobs.needs(chosen, "07")} == {None, 16, 4, 3}
     assert {job.run.method for job in jobs.needs(chosen, "07")} == {"dllm", "qtale"}
+
+
+def test_a_sweep_adds_evaluations_of_routed_models_to_their_jobs_and_no_job():
+    plain, swept = profile(), profile(theta_sweep=[0.5, 0.25, 1e-4])
+    assert jobs.all_jobs(swept) == jobs.all_jobs(plain)
+    assert jobs.rules(swept, "full") == jobs.rules(plain, "full") == ("none",)
+    assert jobs.rules(swept, "qtale") == (*jobs.rules(plain, "qtale"), "0.25", "0.0001")  # 0.5 is arg max
+    named = ("none", "argmax", "zero", "0.25", "0.0001")
+    assert [jobs.fixed_theta(rule) for rule in named] == [None, 0.5, 0.0, 0.25, 1e-4]
 
 
 def test_a_profile_without_the_papers_tasks_shows_what_it_has():
@@ -256,6 +265,7 @@ EVALUATED = {**FINETUNED, "bits": 4, "theta": "searched"}
     ("changes", "changed"),
     [
         ({"seeds": 3}, ""),
+        ({"theta_sweep": [0.1]}, ""),
         ({"bits": [16, 4, 3]}, ""),
         ({"tasks": ["arc_easy", "siqa"]}, ""),
         ({"training": {"eval_batch_size": 5}}, ""),

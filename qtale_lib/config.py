@@ -30,7 +30,7 @@ from qtale_lib.profile_files import Settings, read_profile, shown
 Task = Literal[
     "piqa", "boolq", "siqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "mmlu", "alpaca"
 ]
-Method = Literal["full", "dllm", "qtale"]
+Method = Literal["full", "dllm", "qtale", "noisy_full"]
 Bits = Literal[16, 8, 4, 3, 2]
 
 TASKS: tuple[str, ...] = get_args(Task)

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from qtale_lib.config import Profile
 
 ROUTED = ("dllm", "qtale")
-RULES = {"full": ("none",), "dllm": ("argmax", "searched", "zero"), "qtale": ("argmax", "searched", "zero")}
+RULES = {
+    "full": ("none",),
+    "dllm": ("argmax", "searched", "zero"),
+    "qtale": ("argmax", "searched", "zero"),
+    "noisy_full": ("zero",),
+}
 THETAS = {"none": None, "argmax": 0.5, "zero": 0.0}  # "searched" is found on calibration questions (Sec. 3.4)
 FIGURE_2_TASKS = ("arc_easy", "arc_challenge", "siqa", "piqa")
 TABLE_4_BITS = (4, 3, 16)  # the paper ablates at 4; its claims are about 3 as well
@@ -33,7 +38,7 @@ class Run:
 
     @property
     def routed(self) -> bool:
-        """Whether the method has routers."""
+        """Whether routers decide what runs; those of "noisy_full" only make noise in training."""
         return self.method in ROUTED
 
 

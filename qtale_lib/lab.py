@@ -43,6 +43,7 @@ READ_ONLY = "QTALE_READ_ONLY"
 BYTES = {"float32": 4, "bfloat16": 2}
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
+UNUSED = {"full": ONLY_ROUTED, "noisy_full": ONLY_ROUTED, "dllm": ("lambda2",), "qtale": ()}
 
 Spec = dict[str, Any]
 
@@ -325,16 +326,14 @@ def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], N
 
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
     """Without what has no effect on the numbers of a method, so that a new λ2 retrains only "qtale"."""
-    dropped = {
-        *WITHOUT_EFFECT,
-        *({"lambda2"} if method == "dllm" else ()),
-        *(ONLY_ROUTED if method == "full" else ()),
-    }
+    dropped = {*WITHOUT_EFFECT, *UNUSED[method]}
     settings["training"] = {
         name: value for name, value in settings["training"].items() if name not in dropped
     }
+    if method not in jobs.ROUTED:
+        del settings["probes"]
     if method == "full":
-        del settings["routing"], settings["probes"]
+        del settings["routing"]
     return settings
 
 

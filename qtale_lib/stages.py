@@ -101,7 +101,7 @@ def merged_model(directory: Path) -> PreTrainedModel:
 
 def quantized(lab: Lab, spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Quantize the model in place: by the search in the store, else by a new one that is kept."""
-    set_threshold_if_routed(model, 0.5)
+    set_threshold_if_routed(model, 0.0 if spec["method"] == "noisy_full" else 0.5)
     fresh = []
 
     def compute(directory: Path) -> dict[str, Any]:

@@ -29,9 +29,10 @@ Cell = tuple[str, str, int, int, str]  # task, method, seed, bits, rule that set
 class Answers:
     """One evaluation, question by question.
 
-    `scores` [questions]: 100 for right and 0 for wrong, or 100 x the negative log-likelihood of a response;
-    `weights` [questions]: 1, or the response's tokens. Their weighted mean is the accuracy in percent, or
-    100 x log PPL. `clusters` [questions]: a label that questions on the same facts share.
+    `scores` [questions]: 100 for right and 0 for wrong (where the choices were drawn: 100 x the chance of
+    right over that draw), or 100 x the negative log-likelihood of a response; `weights` [questions]: 1, or
+    the response's tokens. Their weighted mean is the (expected) accuracy in percent, or 100 x log PPL.
+    `clusters` [questions]: a label that questions on the same facts share.
     """
 
     scores: np.ndarray
@@ -42,7 +43,7 @@ class Answers:
 
     @property
     def mean(self) -> float:
-        """Accuracy in percent, or 100 x log PPL."""
+        """Accuracy in percent, expected where that is known, or 100 x log PPL."""
         return float(np.average(self.scores, weights=self.weights))
 
 
@@ -230,9 +231,9 @@ def _histogram_frame(probe: dict[str, Any], layer: int, kind: str) -> pd.DataFra
 
 
 def _scores(value: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and weights per question: right or wrong in percent, or 100 x nats per response token."""
+    """Scores and weights per question: (expected) correctness in percent, or 100 x nats per token."""
     if value["metric"] == "acc":
-        scores = 100.0 * np.asarray(value["correct"], dtype=float)
+        scores = 100.0 * np.asarray(value.get("expected_correct") or value["correct"], dtype=float)
         return scores, np.ones_like(scores)
     tokens = np.asarray(value["example_tokens"], dtype=float)
     return 100.0 * np.asarray(value["example_nll"], dtype=float) / tokens, tokens

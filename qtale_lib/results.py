@@ -7,7 +7,7 @@ over seeds (trial error) stands in brackets behind it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ import pandas as pd
 
 from qtale_lib import paper
 from qtale_lib.claims import tally
+from qtale_lib.contrasts import stated
 from qtale_lib.effects import paper_rule
-from qtale_lib.measurements import Measurements, compared_bits, group_of
+from qtale_lib.jobs import ablated_bits
+from qtale_lib.measurements import Measurements, group_of
 from qtale_lib.provenance import device_name, git_commit, versions
-from qtale_lib.statistics import RULE
+from qtale_lib.statistics import POWER, RULE
 from qtale_lib.tables import NOT_RUN, Table, beside, number, with_errors
 
 ERRORS = (
@@ -276,8 +278,8 @@ def ablation_cells(store: Measurements, bits: Iterable[int]) -> pd.DataFrame:
 
 
 def ablation_table(store: Measurements) -> Table:
-    """Table 4 in its layout (entropy x theta), with the controls theta -> 0 and 16 bits."""
-    widths = compared_bits(store.profile)
+    """Table 4 in its layout (entropy x theta), with the controls theta -> 0, 16 and 3 bits."""
+    widths = ablated_bits(store.profile)
     cells = ablation_cells(store, widths)
     held = cells.set_index(["bits", "entropy_loss", "theta", "group"])
     text = pd.DataFrame([
@@ -286,8 +288,9 @@ def ablation_table(store: Measurements) -> Table:
     ])  # fmt: skip
     notes = (
         *ERRORS,
-        "R: executed share of all (token, layer) pairs. 4 bits with θ 0.5 and adjust: as in the paper. θ → 0 "
-        "(every layer runs) and 16 bits (θ adjusted without quantization) are controls that it lacks.",
+        "R: executed share of all (token, layer) pairs. 4 bits with θ 0.5 and adjust: as in the paper. "
+        "Controls that it lacks: 16 bits (θ adjusted without quantization; QTALE without quantization), "
+        "θ → 0 (every layer runs), and all of it at 3 bits (D-LLM with its θ adjusted: no entropy, adjust).",
         "Adjusted θ: mean over tasks of the θ searched on calibration questions.",
     )
     keys = ("bits", "entropy_loss", "theta", "group")
@@ -341,12 +344,31 @@ def verdict_table(frame: pd.DataFrame, name: str = "claims") -> Table:
         "claim": frame.id, "the paper": [f"“{r.quote}” ({r.source})" for r in frame.itertuples()],
         "measured": frame.measured, "effect [95 %]": intervals,
         "paper's": [number(value) if pd.notna(value) else "–" for value in frame.paper],
-        "detectable": [number(value) if pd.notna(value) else "–" for value in frame.detectable],
+        "p": [_probability(value) for value in frame.p],
+        "corrected": [_probability(value) for value in frame.corrected],
+        "power": [f"{value:.0%}" if pd.notna(value) else "–" for value in frame.power],
+        f"seeds for {POWER:.0%}": [_seeds(value) for value in frame.seeds_needed],
         "over": [_basis(row) for row in frame.itertuples()],
         "verdict": [f"{row.verdict}: {row.reason}" for row in frame.itertuples()],
     })  # fmt: skip
     counts = ", ".join(f"{count} {word}" for word, count in tally(frame).items())
-    return Table(name, f"Claims: {counts}", text, frame, ("id",), (RULE,))
+    return Table(name, f"Claims: {counts}", text, frame, ("id",), (RULE, *_what_scores_are()))
+
+
+def _what_scores_are() -> tuple[str, ...]:
+    metrics = stated().metrics.items()
+    said = [f"{paper.TASK_LABELS[group]}: {metric.metric}" for group, metric in metrics]
+    families = f"Families: {', '.join(stated().families)} (contrasts.yaml), figures, noise."
+    return f"Effects on answers: {'; '.join(said)}.", families
+
+
+def _probability(value: float) -> str:
+    return "–" if pd.isna(value) else "< 0.001" if value < 0.001 else number(value, 3)
+
+
+def _seeds(value: float) -> str:
+    """A number of seeds; where no number would do, more questions are what is missing."""
+    return "–" if pd.isna(value) else "more questions" if value == inf else f"{value:.0f}"
 
 
 def _interval(row: Any) -> str:

@@ -32,9 +32,20 @@ def test_answers_average_to_the_stored_metric():
     assert len(answers) == len(frame) == 2 * 7
     for cell, answer in answers.items():
         row = frame.loc[cell]
-        stored = 100 * row.acc if row.metric == "acc" else 100 * np.log(row.ppl)
+        stored = 100 * row.expected_acc if row.metric == "acc" else 100 * np.log(row.ppl)
         assert answer.mean == pytest.approx(stored)
         assert len(set(answer.clusters)) == lab.questions // 2
+
+
+def test_where_the_choices_are_all_there_is_right_or_wrong_is_the_score():
+    lab = FakeLab(tasks=["boolq", "piqa"], bits=[4], methods=["full"])
+    answers = Measurements(lab).answers
+    fixed, drawn = (answers[task, "full", 0, 4, "none"] for task in ("boolq", "piqa"))
+    assert set(fixed.scores) == {0.0, 100.0} and len(set(drawn.scores)) > 10
+    value = lab.result("evaluation", task="boolq", method="full", seed=0, bits=4, theta="none")["value"]
+    assert fixed.mean == pytest.approx(100 * value["acc"])
+    del value["expected_correct"]  # results from before it was measured
+    assert Measurements(lab).answers["boolq", "full", 0, 4, "none"].mean == fixed.mean
 
 
 def test_lowest_layers_are_those_of_the_last_epoch():

@@ -116,7 +116,7 @@ PROBE_CLAIMS = (
         smallest=RARELY,
     ),
     _probe_claim(
-        effects.unevenness,
+        effects.over_layers(effects.deviation, {"qtale": 1.0, "dllm": -1.0}),
         ROUTED_METHODS,
         id="F2 balanced",
         notebook="02",
@@ -264,7 +264,7 @@ def verdicts(store: Measurements, notebook: str | None = None) -> pd.DataFrame:
 
 
 def _row(claim: Claim, case: Case, judged: Judgement) -> dict[str, object]:
-    said = ("id", "family", "quote", "source", "measured", "unit", "paper")
+    said = ("id", "family", "notebook", "quote", "source", "measured", "unit", "paper")
     numbers = ("effect", "low", "high", "tasks", "seeds", "questions", "trial")
     return {
         **{name: getattr(claim, name) for name in said},

@@ -210,7 +210,37 @@ def difference(column: str) -> Callable[[Probes], float]:
     return lambda probes: _course(probes["qtale"], column)[2] - _course(probes["dllm"], column)[2]
 
 
-def unevenness(probes: Probes) -> float:
-    """Spread over layers of the share of routed tokens (points), last epoch: QTALE minus D-LLM."""
-    final = {method: probe[probe.epoch == probe.epoch.max()] for method, probe in probes.items()}
-    return 100 * float(final["qtale"].routed_ratio.std() - final["dllm"].routed_ratio.std())
+# How unevenly the layers take part (Fig. 2): measures of the routed layers' ratios at the last epoch.
+
+
+def deviation(ratios: np.ndarray) -> float:
+    """Standard deviation over layers, in points. ratios [layers]: shares of the tokens routed."""
+    return 100 * float(np.std(ratios, ddof=1))
+
+
+def gini(ratios: np.ndarray) -> float:
+    """Gini coefficient of the layers' ratios [layers]: 0 if all are alike, near 1 if one layer runs alone."""
+    ordered, count = np.sort(ratios), len(ratios)
+    ranks = 2 * np.arange(1, count + 1) - count - 1
+    return float(ranks @ ordered / (count * ordered.sum())) if ordered.sum() else 0.0
+
+
+def evenness(ratios: np.ndarray) -> float:
+    """Entropy of the layers' shares of all execution over its maximum, the log of their number: 1 is even."""
+    shares = ratios[ratios > 0] / ratios.sum()
+    return float(-(shares * np.log(shares)).sum() / np.log(len(ratios))) if len(shares) else 1.0
+
+
+def over_layers(
+    measure: Callable[[np.ndarray], float], weights: dict[str, float]
+) -> Callable[[Probes], float]:
+    """A measure of the routed layers' ratios at the last epoch, summed over methods with weights."""
+
+    def effect(probes: Probes) -> float:
+        return sum(weight * measure(_final_ratios(probes[method])) for method, weight in weights.items())
+
+    return effect
+
+
+def _final_ratios(probe: pd.DataFrame) -> np.ndarray:
+    return probe[probe.epoch == probe.epoch.max()].routed_ratio.to_numpy()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pandas as pd
 
-from qtale_lib import noise, paper
+from qtale_lib import effects, noise, paper
 from qtale_lib.measurements import ROUTED_METHODS, Measurements, shown_epochs
-from qtale_lib.tables import Table, of_numbers
+from qtale_lib.statistics import estimate
+from qtale_lib.tables import Table, number, of_numbers
 
 ALWAYS_RUN = (
     "Ratio: over all tokens. Of tokens routed: without the first tokens of a sequence, which always run and "
@@ -35,6 +40,53 @@ def lowest_table(store: Measurements) -> Table:
     return _labelled(
         of_numbers("figure_2_numbers", "Lowest layers, last epoch", table, ("task", "method"), notes)
     )
+
+
+UNEVENNESS = {
+    "standard deviation (points)": effects.deviation,
+    "Gini coefficient": effects.gini,
+    "normalised entropy": effects.evenness,
+}
+COMPARED = {"D-LLM": {"dllm": 1.0}, "QTALE": {"qtale": 1.0}, "QTALE − D-LLM": {"qtale": 1.0, "dllm": -1.0}}
+
+
+def unevenness_table(store: Measurements) -> Table:
+    """How unevenly the routed layers take part at the last epoch: per method and their difference, with the
+    95 % interval over the commonsense tasks' fine-tunings.
+    """
+    rows = [
+        {"measure": measure, "method": name, **_estimated(store, function, weights)}
+        for measure, function in UNEVENNESS.items()
+        for name, weights in COMPARED.items()
+    ]
+    frame = pd.DataFrame(rows)
+    text = pd.DataFrame({
+        "measure": frame.measure, "method": frame.method,
+        "value [95 %]": [_with_interval(row) for row in frame.itertuples()],
+        "tasks": frame.tasks, "seeds": frame.seeds,
+    }).astype(str)  # fmt: skip
+    notes = (
+        "Over the layers' shares of the tokens that their routers decide on; layers that always run are left "
+        "out. Gini: 0 if all layers run alike, near 1 if one runs alone. Normalised entropy: of the layers' "
+        "shares of all execution, 1 if all run alike.",
+        "Interval: over seeds or, with one, over tasks (at least 3).",
+    )
+    caption = "Unevenness of the layers, last epoch"
+    return Table("figure_2_unevenness", caption, text, frame, ("measure", "method"), notes)
+
+
+def _estimated(
+    store: Measurements, measure: Callable[[np.ndarray], float], weights: dict[str, float]
+) -> dict[str, Any]:
+    found = estimate(effects.probe_runs(store, effects.over_layers(measure, weights), tuple(weights)))
+    columns = ("effect", "low", "high", "tasks", "seeds")
+    return {name: getattr(found, name, np.nan if name in columns[:3] else 0) for name in columns}
+
+
+def _with_interval(row: Any) -> str:
+    if np.isnan(row.low):
+        return number(row.effect, 3)
+    return f"{number(row.effect, 3)} [{number(row.low, 3)}, {number(row.high, 3)}]"
 
 
 def _lowest_row(store: Measurements, task: str, method: str) -> tuple:

@@ -309,12 +309,13 @@ def _power(case: Case, level: float) -> float:
 def _verdict(case: Case, p: float, corrected: float, power: float) -> Verdict:
     measured = case.measured
     if measured is None:
-        return Verdict(NOT_RUN, "not run in this profile")
+        return Verdict(NOT_RUN, "no part of this profile")
     if measured.trial is None:
         return Verdict(NOT_TESTABLE, "too few fine-tunings to know their spread")
     if corrected < LEVEL:
         return Verdict(SHOWN, "the interval lies within the claimed range")
     if measured.high <= case.low or measured.low >= case.high:
         return Verdict(NOT_SHOWN, "the interval lies wholly outside the claimed range")
-    place = "lies within the claimed range but for the correction" if p < LEVEL else "reaches out of it"
+    place = "lies within the claimed range but for the correction"
+    place = place if p < LEVEL else "reaches out of the claimed range"
     return Verdict(NOT_TESTABLE if power < POWER else NOT_SHOWN, f"the interval {place}; power {power:.0%}")

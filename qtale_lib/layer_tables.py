@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from qtale_lib import effects, noise, paper
-from qtale_lib.measurements import ROUTED_METHODS, Measurements, shown_epochs
+from qtale_lib.measurements import ROUTED_METHODS, SPREAD, Measurements, shown_epochs
 from qtale_lib.statistics import estimate
 from qtale_lib.tables import Table, number, of_numbers
 
@@ -17,6 +17,7 @@ ALWAYS_RUN = (
     "Ratio: over all tokens. Of tokens routed: without the first tokens of a sequence, which always run and "
     "alone lift the ratio of short prompts."
 )
+SPREAD_NOTE = "Means over seeds; spread: standard deviation over seeds, unknown with one."
 
 
 def noise_table() -> Table:
@@ -102,8 +103,11 @@ def gaps_table(store: Measurements) -> Table:
     """Mean logit gap and mean |gap| of Figures 5 and 6, per method, layer and epoch shown."""
     parts = [store.histograms(method).assign(method=method) for method in ROUTED_METHODS]
     keys = ["method", "layer", "epoch"]
-    frame = pd.concat(parts).drop_duplicates(keys)[[*keys, "gap", "abs_gap"]]
-    notes = ("Gap: execute − bypass logit, mean over tokens; the layers are D-LLM's three lowest.",)
+    frame = pd.concat(parts).drop_duplicates(keys)[[*keys, "gap", "abs_gap", "gap_spread", "abs_gap_spread"]]
+    notes = (
+        "Gap: execute − bypass logit, mean over tokens; the layers are D-LLM's three lowest.",
+        SPREAD_NOTE,
+    )
     return _labelled(of_numbers("figures_5_6_numbers", "Logit gaps", frame, tuple(keys), notes))
 
 
@@ -113,10 +117,12 @@ def flips_table(store: Measurements) -> Table:
     frame = frame[frame.epoch.isin(shown_epochs(frame.epoch))]
     frame = frame.assign(difference=frame.flip - frame.flip_expected)
     keys = ("method", "layer", "epoch")
-    chosen = frame[[*keys, "ratio", "routed_ratio", "flip", "flip_expected", "difference"]]
+    numbers = ("ratio", "routed_ratio", "flip", "flip_expected", "difference")
+    chosen = frame[[*keys, *numbers, *(f"{name}_spread" for name in SPREAD)]]
     notes = (
         ALWAYS_RUN,
         "Closed form: mean σ(−|Δ|) over the same tokens; the layers are D-LLM's three lowest.",
+        SPREAD_NOTE,
     )
     return _labelled(
         of_numbers("figures_3_7_numbers", "Flips by Gumbel noise", chosen, keys, notes, digits=3)

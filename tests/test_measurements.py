@@ -71,6 +71,31 @@ def test_histograms_hold_the_probes_counts():
     assert chosen["count"].tolist() == lab.probes("piqa", "qtale", 0)[6]["histogram"]["bypass"][layers[1]]
 
 
+def test_all_seeds_are_in_the_histograms_with_their_range():
+    lab = FakeLab(tasks=["piqa"], seeds=[0, 1, 2])
+    store = Measurements(lab)
+    layer = store.lowest_layers("piqa")[1]
+    counts = [lab.probes("piqa", "dllm", s)[-1]["histogram"]["execute"][layer] for s in range(3)]
+    gaps = [lab.probes("piqa", "dllm", s)[-1]["gap"][layer] for s in range(3)]
+    frame = store.histograms("dllm")
+    part = frame[(frame.epoch == 10) & (frame.layer == layer) & (frame.kind == "execute")]
+    assert part["count"].tolist() == np.sum(counts, axis=0).tolist()
+    shares = 100 * np.array(counts) / np.sum(counts, axis=1, keepdims=True)
+    assert np.allclose(part.low, shares.min(0)) and np.allclose(part.high, shares.max(0))
+    assert np.allclose(part.gap, np.mean(gaps)) and np.allclose(part.gap_spread, np.std(gaps, ddof=1))
+    one = Measurements(FakeLab(tasks=["piqa"])).histograms("dllm")
+    assert one[["low", "high", "gap_spread"]].isna().all(axis=None)
+
+
+def test_means_over_seeds_come_with_their_spread():
+    lab = FakeLab(tasks=["piqa"], seeds=[0, 1])
+    frame = Measurements(lab).lowest_by_epoch("dllm").set_index(["layer", "epoch"])
+    layer = frame.index[0][0]
+    flips = [lab.probes("piqa", "dllm", seed)[3]["flip"][layer] for seed in (0, 1)]
+    row = frame.loc[layer, 3]
+    assert (row.flip, row.flip_spread) == pytest.approx((np.mean(flips), np.std(flips, ddof=1)))
+
+
 def test_figure_2_holds_the_papers_tasks_in_its_order_and_means_over_seeds():
     lab = FakeLab(seeds=[0, 1])
     frame = Measurements(lab).ratios_by_layer("dllm")

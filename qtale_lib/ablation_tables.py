@@ -15,7 +15,8 @@ from qtale_lib.tables import Table, number, with_errors
 
 ABLATION_METHODS = {"dllm": "no", "qtale": "yes"}  # entropy loss?
 ABLATION_RULES = {"argmax": "0.5", "searched": "adjust", "zero": "→ 0"}
-ABLATION_NUMBERS = ("value", "sampling", "spread", "execution_ratio", "theta_value")
+ABLATION_NUMBERS = ("value", "sampling", "spread", "execution_ratio", "theta_value",
+                    "execution_ratio_spread", "theta_value_spread")  # fmt: skip
 
 
 def ablation_cells(store: Measurements, bits: Iterable[int]) -> pd.DataFrame:
@@ -35,7 +36,8 @@ def ablation_cells(store: Measurements, bits: Iterable[int]) -> pd.DataFrame:
     )
     means = {name: (name, "mean") for name in ("value", "execution_ratio", "theta_value")}
     per_seed = frame.groupby([*keys, "seed"]).agg(**means, sampling=("sampling", error_of_mean)).reset_index()
-    ratios = per_seed.groupby(keys)[["execution_ratio", "theta_value"]].mean().reset_index()
+    seeds = per_seed.groupby(keys)[["execution_ratio", "theta_value"]]
+    ratios = seeds.mean().join(seeds.std().add_suffix("_spread")).reset_index()
     return over_seeds(per_seed, keys).merge(ratios, on=keys)[[*keys, *ABLATION_NUMBERS]]
 
 
@@ -110,7 +112,7 @@ def _sweep_frame(store: Measurements) -> pd.DataFrame:
 
 def ablation_beside_paper(store: Measurements) -> Table:
     """Table 4: ours | the paper's two models | difference, for accuracy or PPL and for R."""
-    ours = ablation_cells(store, [4]).drop(columns=["bits", "sampling", "spread", "theta_value"])
+    ours = ablation_cells(store, [4])[["entropy_loss", "theta", "group", "value", "execution_ratio"]]
     printed = paper.ablation().rename(columns={"task": "group", "execution_ratio": "R", "value": "paper"})
     both = printed.merge(ours, "left", on=["entropy_loss", "theta", "group"])
     both = both.assign(difference=both.value - both.paper, R_difference=both.execution_ratio - both.R)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from math import inf, isinf
+from math import inf, isinf, nan, sqrt
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,7 @@ from qtale_lib.statistics import (
     NOT_TESTABLE,
     SHOWN,
     Case,
+    Estimate,
     Judgement,
     Run,
     assumed_effect,
@@ -269,11 +270,17 @@ def _row(claim: Claim, case: Case, judged: Judgement) -> dict[str, object]:
     return {
         **{name: getattr(claim, name) for name in said},
         **{name: getattr(case.measured, name, None) for name in numbers},
+        "effect_spread": _spread_over_seeds(case.measured),
         **{name: getattr(judged, name) for name in ("p", "corrected", "power", "seeds_needed")},
         "assumed": case.assumed,
         "verdict": judged.verdict.word,
         "reason": judged.verdict.reason,
     }
+
+
+def _spread_over_seeds(measured: Estimate | None) -> float:
+    """Standard deviation of the effect over runs of one seed; NaN unless several seeds were run."""
+    return sqrt(measured.trial_variance) if measured and measured.trial == "seeds" else nan
 
 
 def tally(frame: pd.DataFrame) -> dict[str, int]:

@@ -271,6 +271,84 @@ def test_reference_run_beside(tmp_path):
     assert beside[["task", "here", "reference", "difference"]].values.tolist() == [["piqa", 80.0, 81.0, -1.0]]
 
 
+@pytest.fixture
+def full(tmp_path):
+    """Write results/reference/tiny-full with two rows; returns a table of the same kind and the root."""
+
+    def write(seeds=(0, 1, 2, 3), extends="tiny", base="a", **changes):
+        folder = tmp_path / "results" / "reference" / "tiny-full"
+        frame = pd.DataFrame({"task": ["piqa", "mmlu"], "value": [80.0, 70.0], "sampling": [0.1, 0.1],
+                              "spread": [2.0, 0.0], "R": [0.5, 0.6], "R_spread": [0.02, 0.01]})  # fmt: skip
+        tables.save(tables.of_numbers("t", "T", frame, ("task",)), folder / "tables")
+        settings = {"name": "tiny-full", "extends": extends, "seeds": list(seeds), "theta_sweep": [0.1]}
+        profile = load_profile("tiny", **changes).model_dump(mode="json") | settings
+        write_json(folder / "provenance.json", {"profile": profile, "base": {"sha256": base}})
+        here = frame.assign(value=[83.0, 71.0], sampling=[1.0, 0.5], R=[0.47, 0.6], spread=np.nan)
+        return tables.of_numbers("t", "T", here, ("task",))
+
+    return write
+
+
+def test_a_number_is_placed_among_the_seeds_of_the_full_run(full, tmp_path):
+    beside = tables.beside_reference(full(), reader(), tmp_path)
+    held = beside.frame.set_index(["task", "column"])
+    row = held.loc["piqa", "value"]
+    assert (row.here, row["tiny-full"], row["tiny-full spread"]) == (83.0, 80.0, 2.0)
+    assert row.z == pytest.approx(3 / np.sqrt(2.0**2 * 5 / 4 + 1.0**2))
+    assert held.z["mmlu", "value"] == pytest.approx(1 / 0.5)  # no spread over seeds: sampling error alone
+    assert held.z["piqa", "R"] == pytest.approx(-0.03 / (0.02 * np.sqrt(5 / 4)))  # no sampling error known
+    assert "4 seeds" in beside.notes[1] and "No reference run of profile tiny " in beside.notes[0]
+    assert beside.text.z.tolist()[0] == "1.225"
+
+
+def test_the_full_run_stands_beside_the_reference_of_the_same_profile(full, tmp_path):
+    table = full()
+    tables.save(
+        tables.of_numbers("t", "T", table.frame.assign(value=[81.0, 70.0]), ("task",)),
+        tmp_path / "results" / "reference" / "tiny" / "tables",
+    )
+    row = tables.beside_reference(table, reader(), tmp_path).frame.set_index(["task", "column"])
+    assert row.loc["piqa", "value"][["here", "reference", "difference", "tiny-full"]].tolist() == [
+        83,
+        81,
+        2,
+        80,
+    ]
+    assert np.isnan(row.z["piqa", "sampling"])
+
+
+@pytest.mark.parametrize("other", [{"seeds": (0,)}, {"extends": "smoke"}])
+def test_without_a_family_of_several_seeds_nothing_is_said_of_one(full, tmp_path, other):
+    beside = tables.beside_reference(full(**other), reader(), tmp_path)
+    assert len(beside.notes) == 1 and beside.frame.empty and "tiny-full" not in str(beside.notes)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"), [({"base": "b"}, "base"), ({"training": {"lr": 0.5}}, "training.lr")]
+)
+def test_a_full_run_on_another_base_or_by_another_recipe_gives_no_z(full, tmp_path, other, said):
+    beside = tables.beside_reference(full(**other), reader(), tmp_path)
+    assert beside.frame.z.isna().all() and f"differs in {said}: z does not apply" in beside.notes[1]
+
+
+def test_every_table_with_a_reference_has_spreads_over_seeds():
+    store = Measurements(
+        FakeLab(tasks=["arc_easy", "siqa", "alpaca"], bits=[16, 4], seeds=[0, 1], questions=60)
+    )
+    made = {
+        "table_1_2": (results.accuracy_table(store), ["value"]),
+        "table_3": (efficiency_tables.efficiency_table(store), ["R"]),
+        "table_4": (ablation_tables.ablation_table(store), ["value", "execution_ratio", "theta_value"]),
+        "figure_2": (layer_tables.lowest_table(store), ["ratio", "of_tokens_routed", "mean_ratio"]),
+        "figures_5_6": (layer_tables.gaps_table(store), ["gap", "abs_gap"]),
+        "figures_3_7": (layer_tables.flips_table(store), ["ratio", "flip"]),
+        "claims": (results.verdict_table(claims.verdicts(store)), ["effect"]),
+    }
+    for name, (table, columns) in made.items():
+        for column in columns:
+            assert table.frame[tables.spread_of(column)].notna().any(), (name, column)
+
+
 def reader(sha256: str = "a", **overrides: Any) -> SimpleNamespace:
     """What a comparison with the reference reads of a lab of tiny."""
     return SimpleNamespace(profile=load_profile("tiny", **overrides), base=lambda: {"sha256": sha256})

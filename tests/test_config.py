@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from qtale_lib import jobs
 from qtale_lib.config import BITS, CSQA, LABELS, METHODS, TASKS, Profile, load_profile
 from qtale_lib.errors import UserError
 
@@ -64,6 +65,24 @@ def test_tiny_is_the_papers_grid_on_the_embedded_world():
 def test_tiny_says_every_setting_since_all_else_extends_it():
     says = yaml.safe_load((ROOT / "qtale_lib/profiles/tiny.yaml").read_text())
     assert set(says) == set(Profile.model_fields) - set(LABELS)
+
+
+def test_tiny_full_is_tiny_over_seeds_and_along_theta_as_its_plan_says():
+    full, tiny = load_profile("tiny-full"), load_profile("tiny")
+    changed = {"name", "extends", "methods", "seeds", "theta_sweep", "limit"}
+    same = [name for name in Profile.model_fields if name not in changed]
+    assert full.extends == "tiny" and full.digest(*same) == tiny.digest(*same)
+    assert full.limit.model_copy(update={"test": tiny.limit.test}) == tiny.limit
+    runs = jobs.runs(full)
+    specs = [spec for run in runs for spec in jobs.evaluation_specs(full, run)]
+    searches = sum(run.routed for run in runs) * len(full.bits)
+    plan = (ROOT / "qtale_lib/profiles/tiny-full.yaml").read_text()
+    for count, what in (
+        (len(runs), "fine-tunings"), (len(jobs.all_jobs(full)) - len(runs), "evaluation jobs"),
+        (len(specs), "evaluations of up to"), (searches, "θ searches"),
+    ):  # fmt: skip
+        assert re.search(rf"\b{count:,}\s+(#\s+)?{what}", plan), (count, what)
+    assert f"{full.limit.test:,} questions" in plan and min(full.theta_sweep) > 0
 
 
 def test_smoke_is_small():

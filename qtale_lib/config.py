@@ -189,8 +189,8 @@ class Profile(Section):
     base: "microworld" (the embedded one), a folder, a name in $QTALE_MODELS_DIR, or a hub id (`revision`).
     data_dir: folder with the benchmarks' original files; None for the embedded world.
     group_size: weights that share a quantization scale; -1 for one group per row.
-    max_steps: optimizer steps of a fine-tuning, in place of what `epochs` come to; None leaves it to them.
     theta_sweep: further θ at which every routed model is evaluated, at every bit width; usually none.
+    max_steps: optimizer steps of a fine-tuning, in place of what `epochs` come to; None leaves it to them.
     """
 
     name: Annotated[
@@ -221,12 +221,12 @@ class Profile(Section):
             description=f"a count of 1 to {MOST_SEEDS}, or a list of whole numbers from 0 on, none twice",
         ),
     ]
-    max_steps: CountOrNull
     theta_sweep: Annotated[
         tuple[Theta, ...],
         AfterValidator(_distinct),
         Field(description="a list of numbers above 0 and below 1, none twice; [] for no sweep"),
     ]
+    max_steps: CountOrNull
     limit: Limit
     overlong: Literal["drop", "cut"]
     max_length: Count

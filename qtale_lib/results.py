@@ -28,6 +28,10 @@ ERRORS = (
 RULES_NOTE = (
     "QTALE stands at its searched θ when quantized and at θ = 0.5 in 16 bits, D-LLM at arg max (θ = 0.5)."
 )
+NOISY_NOTE = (
+    "Full, noisy (a control that the paper lacks): trained with layers bypassed at random as by D-LLM's "
+    "routers at their start, quantized and evaluated with every layer run."
+)
 OTHER_MODEL = (
     "The paper's models are other models: absolute differences say how far apart they are, not who is right."
 )
@@ -115,7 +119,12 @@ def accuracy_table(store: Measurements) -> Table:
         text,
         cells,
         ("bits", "method", "task"),
-        (*ERRORS, RULES_NOTE, *_partial(store)),
+        (
+            *ERRORS,
+            RULES_NOTE,
+            *((NOISY_NOTE,) if "noisy_full" in store.profile.methods else ()),
+            *_partial(store),
+        ),
     )
 
 

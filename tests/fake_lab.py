@@ -36,10 +36,11 @@ def profile(**changes: Any) -> SimpleNamespace:
     """What notebooks and claims read of a profile."""
     fields = {
         "name": "fake", "tasks": [*paper.CSQA, "mmlu", "alpaca"], "methods": ["full", "dllm", "qtale"],
-        "bits": [16, 4, 3, 2], "seeds": [0], "group_size": 128, "base": "microworld", "theta_sweep": [],
+        "bits": [16, 4, 3, 2], "seeds": [0], "group_size": 128, "base": "microworld",
         "training": SimpleNamespace(rate_target=0.5, epochs=10),
         "quantization": SimpleNamespace(lm_head_bits=16, method="awq"),
         "routing": SimpleNamespace(hidden=None, always_run_layers=ALWAYS_RUN, always_run_tokens=2),
+        "theta_sweep": [],
     }  # fmt: skip
     assert set(changes) <= set(fields)
     return SimpleNamespace(**{**fields, **changes}, digest=lambda *sections: "0" * 16)

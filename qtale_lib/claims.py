@@ -1,54 +1,71 @@
 """The paper's claims, each as a contrast of what was measured, and the verdicts on them.
 
 A claim says that an effect lies within a range (`low`, `high`); statistics.RULE decides whether the data
-show it. QTALE stands at its searched theta when quantized and at 0.5 in 16 bits, D-LLM at arg max, as in the
-paper.
+show it. Those about evaluations (Tables 1-4) are stated in contrasts.yaml, those about noise and probes
+(Figures 2-7) here. Each belongs to a family, within which its p is corrected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from math import inf
+from math import inf, isinf, nan, sqrt
 
 import numpy as np
 import pandas as pd
 
 from qtale_lib import effects, noise, paper
-from qtale_lib.effects import Contrast, Probes
+from qtale_lib.contrasts import Contrast, stated
+from qtale_lib.effects import Probes
 from qtale_lib.measurements import ROUTED_METHODS, Measurements
-from qtale_lib.statistics import NOT_SHOWN, NOT_TESTABLE, SHOWN, Run, estimate, verdict
+from qtale_lib.statistics import (
+    NOT_RUN,
+    NOT_SHOWN,
+    NOT_TESTABLE,
+    SHOWN,
+    Case,
+    Estimate,
+    Judgement,
+    Run,
+    assumed_effect,
+    estimate,
+    judge,
+)
 
 RARELY = 5.0  # percent of tokens (Sec. 3.1)
-TARGET_MARGIN = 10.0  # points of execution ratio around the target that count as having met it
-NEGLIGIBLE = 5.0  # points of execution ratio that count as no change
-COMPARABLE = {"csqa": 1.0, "mmlu": 1.0, "alpaca": 5.0}  # a loss below this counts as comparable
-UNITS = {"csqa": "accuracy points", "mmlu": "accuracy points", "alpaca": "% of PPL"}
-RATIO_UNIT = "points of execution ratio"
 
 
 @dataclass(frozen=True)
 class Claim:
     """One claim: the paper's words and where they stand, what is computed, the range that it claims.
 
-    `paper` is the same effect in the paper's tables, where it prints one.
+    `paper` is the same effect in the paper's tables, where it prints one; `smallest` the smallest effect of
+    interest, in the claim's unit.
     """
 
     id: str
+    family: str
     notebook: str
     quote: str
     source: str
     measured: str
     unit: str
     runs: Callable[[Measurements], list[Run]]
+    smallest: float
     low: float = -inf
     high: float = inf
     paper: float | None = None
 
+    def case(self, store: Measurements) -> Case:
+        """The claim with its data."""
+        assumed = assumed_effect(self.low, self.high, self.paper, self.smallest)
+        return Case(estimate(self.runs(store)), self.low, self.high, assumed)
+
 
 def _noise_claim(measured: str, unit: str, statistic: Callable[[np.ndarray], float], **said) -> Claim:
     return Claim(
+        family="noise",
         notebook="01",
         source="Sec. 3.3, Fig. 4",
         measured=measured,
@@ -59,22 +76,18 @@ def _noise_claim(measured: str, unit: str, statistic: Callable[[np.ndarray], flo
 
 
 def _probe_claim(effect: Callable[[Probes], float], methods: tuple[str, ...] = ("dllm",), **said) -> Claim:
-    return Claim(runs=partial(effects.probe_runs, effect=effect, methods=methods), **said)
-
-
-def _table_claim(id: str, group: str, contrast: Contrast, measure: str = "score", **said) -> Claim:
-    return Claim(
-        id=f"{id}, {paper.TASK_LABELS[group]}",
-        unit=UNITS[group] if measure == "score" else RATIO_UNIT,
-        runs=partial(effects.contrast_runs, contrast=contrast, group=group, measure=measure),
-        paper=effects.paper_effect(contrast, group, measure),
-        **said,
-    )
+    runs = partial(effects.probe_runs, effect=effect, methods=methods)
+    return Claim(family="figures", runs=runs, **said)
 
 
 # Figure 4: the noise. Figures 2, 3, 5-7: the probes.
 
-CENTRED = {"quote": "the distribution of π is centered near 0", "low": -0.25, "high": 0.25}
+CENTRED = {
+    "quote": "the distribution of π is centered near 0",
+    "low": -0.25,
+    "high": 0.25,
+    "smallest": 0.25,
+}
 NOISE_CLAIMS = (
     _noise_claim("mode, within ± 0.25", "logits", noise.mode, id="F4 mode", **CENTRED),
     _noise_claim("mean, within ± 0.25", "logits", np.mean, id="F4 mean", **CENTRED),
@@ -85,6 +98,7 @@ NOISE_CLAIMS = (
         id="F4 flips",
         quote="within [-1,1] the noise effectively flips decisions",
         low=5.0,
+        smallest=5.0,
     ),
 )
 
@@ -100,9 +114,10 @@ PROBE_CLAIMS = (
         measured=f"{LOWEST}, last epoch: below 5 % of the tokens routed",
         unit="% of tokens",
         high=RARELY,
+        smallest=RARELY,
     ),
     _probe_claim(
-        effects.unevenness,
+        effects.over_layers(effects.deviation, {"qtale": 1.0, "dllm": -1.0}),
         ROUTED_METHODS,
         id="F2 balanced",
         notebook="02",
@@ -111,6 +126,7 @@ PROBE_CLAIMS = (
         measured="spread of the ratio over layers, last epoch: QTALE − D-LLM, below 0",
         unit="points (standard deviation)",
         high=0.0,
+        smallest=5.0,
     ),
     _probe_claim(
         effects.early_fall("routed_ratio"),
@@ -121,6 +137,7 @@ PROBE_CLAIMS = (
         measured=f"{LOWEST}: fall in the first 3/10 − fall after it, above 0",
         unit="points",
         low=0.0,
+        smallest=5.0,
     ),
     _probe_claim(
         effects.change("flip"),
@@ -131,6 +148,7 @@ PROBE_CLAIMS = (
         measured=f"{LOWEST}: flips at the last epoch − at epoch 0, below 0",
         unit="points",
         high=0.0,
+        smallest=1.0,
     ),
     _probe_claim(
         effects.at_end("flip"),
@@ -141,6 +159,7 @@ PROBE_CLAIMS = (
         measured=f"{LOWEST}: flips at the last epoch, below 1 %",
         unit="% of decisions",
         high=1.0,
+        smallest=1.0,
     ),
     _probe_claim(
         effects.change("abs_gap"),
@@ -151,6 +170,7 @@ PROBE_CLAIMS = (
         measured=f"{LOWEST}: |gap| at the last epoch − at epoch 0, above 0",
         unit="logits",
         low=0.0,
+        smallest=1.0,
     ),
     _probe_claim(
         effects.difference("abs_gap"),
@@ -162,6 +182,7 @@ PROBE_CLAIMS = (
         measured=f"|gap|, last epoch, {BOTH_LOWEST}: QTALE − D-LLM, below 0",
         unit="logits",
         high=0.0,
+        smallest=1.0,
     ),
     _probe_claim(
         effects.difference("flip"),
@@ -173,212 +194,95 @@ PROBE_CLAIMS = (
         measured=f"flips, last epoch, {BOTH_LOWEST}: QTALE − D-LLM, above 0",
         unit="points",
         low=0.0,
+        smallest=1.0,
     ),
 )
 
 
-# Tables 1 and 2.
+# Tables 1-4.
 
 
-def _comparable(method: str, group: str) -> Claim:
-    name, margin = paper.METHODS[method], COMPARABLE[group]
-    return _table_claim(
-        f"T1 {name} comparable",
-        group,
-        {(method, 16, "argmax"): 1.0, ("full", 16, "none"): -1.0},
-        notebook="05",
-        quote="comparable accuracy and PPL before quantization",
-        source="Sec. 4.2, Tables 1, 2",
-        measured=f"{name} − Full, 16 bits, above −{margin:g}",
-        low=-margin,
-    )
+def _stated_claims() -> Iterator[Claim]:
+    """One claim for each group of tasks of each contrast in contrasts.yaml."""
+    for family, contrasts in stated().families.items():
+        for contrast in contrasts:
+            for group in contrast.groups:
+                yield _stated_claim(family, contrast, group)
 
 
-def _loses_more(bits: int, group: str) -> Claim:
-    dllm = {("dllm", bits, "argmax"): 1.0, ("dllm", 16, "argmax"): -1.0}
-    return _table_claim(
-        f"T1 D-LLM loses more, {bits} bits",
-        group,
-        {**dllm, ("full", bits, "none"): -1.0, ("full", 16, "none"): 1.0},
-        notebook="05",
-        quote="noticeable drops in accuracy and PPL compared to the quantized full models",
-        source="Sec. 4.2, Tables 1, 2" if bits > 2 else "beyond the paper (Sec. 4.2)",
-        measured=f"change from 16 to {bits} bits: D-LLM − Full, below 0",
-        high=0.0,
-    )
-
-
-def _recovers(bits: int, group: str) -> Claim:
-    return _table_claim(
-        f"T1 QTALE recovers, {bits} bits",
-        group,
-        {("qtale", bits, "searched"): 1.0, ("dllm", bits, "argmax"): -1.0},
-        notebook="05",
-        quote="effectively restores the redundancy needed for robust quantization",
-        source="Sec. 4.2, Tables 1, 2" if bits > 2 else "beyond the paper (Sec. 4.2)",
-        measured=f"QTALE (searched θ) − D-LLM, {bits} bits, above 0",
-        low=0.0,
-    )
-
-
-def _gap_to_full() -> Claim:
-    return _table_claim(
-        "T1 gap to Full",
-        "csqa",
-        {("qtale", 4, "searched"): 1.0, ("full", 4, "none"): -1.0},
-        notebook="05",
-        quote="the gap to quantization-only models kept below 0.5%",
-        source="Abstract, Tables 1, 2",
-        measured="QTALE (searched θ) − Full, 4 bits, above −0.5",
-        low=-0.5,
-    )
-
-
-# Table 3.
-
-
-def _target_met() -> Claim:
-    def runs(store: Measurements) -> list[Run]:
-        target = 100 * store.profile.training.rate_target
-        found = effects.contrast_runs(store, {("dllm", 16, "argmax"): 1.0}, "csqa", "loss_ratio")
-        return [Run(run.task, run.seed, run.effect - target) for run in found]
-
+def _stated_claim(family: str, contrast: Contrast, group: str) -> Claim:
+    metric, (low, high) = stated().metric(contrast, group), contrast.bounds(group)
     return Claim(
-        id="T3 target, CSQA",
-        notebook="06",
-        quote="after fine-tuning, D-LLM achieves the target execution ratio",
-        source="Sec. 2.2",
-        measured=f"loss-R − target, D-LLM, 16 bits, within ± {TARGET_MARGIN:g}",
-        unit=RATIO_UNIT,
-        runs=runs,
-        low=-TARGET_MARGIN,
-        high=TARGET_MARGIN,
+        id=f"{contrast.id}, {paper.TASK_LABELS[group]}",
+        family=family,
+        measured=f"{contrast.measured}, {_range(low, high)}",
+        unit=metric.unit,
+        smallest=metric.smallest,
+        runs=partial(_contrast_runs, contrast=contrast, group=group),
+        low=low,
+        high=high,
+        paper=effects.paper_effect(contrast.cells, group, contrast.measure) if contrast.cells else None,
+        **{name: getattr(contrast, name) for name in ("notebook", "quote", "source")},
     )
 
 
-def _half(group: str) -> Claim:
-    return _table_claim(
-        "T3 half",
-        group,
-        {("dllm", 16, "argmax"): 1.0},
-        "execution_ratio",
-        notebook="06",
-        quote="reduces the FLOPs … to about 50% of those of the original model",
-        source="Sec. 2.2, Table 3",
-        measured=f"layer FLOPs relative to Full (R), D-LLM, 16 bits, within 50 ± {TARGET_MARGIN:g}",
-        low=50 - TARGET_MARGIN,
-        high=50 + TARGET_MARGIN,
-    )
+def _contrast_runs(store: Measurements, contrast: Contrast, group: str) -> list[Run]:
+    if along := contrast.equal_ratio:
+        return effects.equal_ratio_runs(store, along.plus, along.minus, along.bits, group)
+    return effects.contrast_runs(store, contrast.cells, group, contrast.measure)
 
 
-def _increase(group: str) -> Claim:
-    large = group == "alpaca"
-    bound = f"{'above' if large else 'below'} {NEGLIGIBLE:g}"
-    return _table_claim(
-        "T3 increase",
-        group,
-        {("qtale", 4, "searched"): 1.0, ("qtale", 4, "argmax"): -1.0},
-        "execution_ratio",
-        notebook="06",
-        quote="a more substantial increase" if large else "the execution ratio does not drastically increase",
-        source="Sec. 4.3, Table 3",
-        measured=f"QTALE, 4 bits: R at the searched θ − R at 0.5, {bound}",
-        low=NEGLIGIBLE if large else -inf,
-        high=inf if large else NEGLIGIBLE,
-    )
+def _range(low: float, high: float) -> str:
+    """The claimed range in words."""
+    if isinf(high):
+        text = f"above {low:g}"
+    elif isinf(low):
+        text = f"below {high:g}"
+    else:
+        text = f"within ± {high:g}" if low == -high else f"between {low:g} and {high:g}"
+    return text.replace("-", "−")
 
 
-# Table 4.
-
-
-def _gain_from_theta(bits: int, sign: float = 1.0) -> Contrast:
-    rules = {"searched": 0.5 * sign, "argmax": -0.5 * sign}
-    return {(method, bits, rule): weight for method in ROUTED_METHODS for rule, weight in rules.items()}
-
-
-def _theta_helps(group: str) -> Claim:
-    return _table_claim(
-        "T4 θ helps",
-        group,
-        _gain_from_theta(4),
-        notebook="07",
-        quote="execution ratio adjustment … essential in recovering accuracy/PPL",
-        source="Sec. 4.4, Table 4",
-        measured="4 bits, mean of D-LLM and QTALE: searched θ − 0.5, above 0",
-        low=0.0,
-    )
-
-
-def _theta_control(group: str) -> Claim:
-    return _table_claim(
-        "T4 θ control",
-        group,
-        _gain_from_theta(4) | _gain_from_theta(16, -1.0),
-        notebook="07",
-        quote="redundancy to absorb quantization errors",
-        source="Sec. 3.4; the control is ours",
-        measured="gain from the searched θ at 4 bits − the same at 16 bits, above 0",
-        low=0.0,
-    )
-
-
-def _entropy_helps(group: str) -> Claim:
-    return _table_claim(
-        "T4 entropy helps",
-        group,
-        {("qtale", 4, "argmax"): 1.0, ("dllm", 4, "argmax"): -1.0},
-        notebook="07",
-        quote="quantization-robust training … essential in recovering accuracy/PPL",
-        source="Sec. 4.4, Table 4",
-        measured="4 bits, θ 0.5: QTALE − D-LLM, above 0",
-        low=0.0,
-    )
-
-
-def _entropy_keeps_ratio() -> Claim:
-    return _table_claim(
-        "T4 entropy keeps R",
-        "csqa",
-        {("qtale", 4, "argmax"): 1.0, ("dllm", 4, "argmax"): -1.0},
-        "execution_ratio",
-        notebook="07",
-        quote="does not alter the execution ratio after fine-tuning",
-        source="Sec. 4.4, Table 4",
-        measured=f"R, 4 bits, θ 0.5: QTALE − D-LLM, within ± {NEGLIGIBLE:g}",
-        low=-NEGLIGIBLE,
-        high=NEGLIGIBLE,
-    )
-
-
-QUANTIZED = [(bits, group) for bits in (4, 3) for group in paper.GROUPS] + [(2, "csqa")]
-TABLE_CLAIMS = (
-    *(_comparable(method, group) for method in ROUTED_METHODS for group in paper.GROUPS),
-    *(_loses_more(bits, group) for bits, group in QUANTIZED),
-    *(_recovers(bits, group) for bits, group in QUANTIZED),
-    _gap_to_full(),
-    _target_met(),
-    *(make(group) for make in (_half, _increase) for group in paper.GROUPS),
-    *(make(group) for make in (_theta_helps, _theta_control, _entropy_helps) for group in paper.GROUPS),
-    _entropy_keeps_ratio(),
-)
+TABLE_CLAIMS = tuple(_stated_claims())
 CLAIMS = (*NOISE_CLAIMS, *PROBE_CLAIMS, *TABLE_CLAIMS)
 
 
 def verdicts(store: Measurements, notebook: str | None = None) -> pd.DataFrame:
-    """One row per claim (of one notebook, or of all): effect, interval, detectable effect, paper, verdict."""
-    chosen = [claim for claim in CLAIMS if notebook in (None, claim.notebook)]
-    return pd.DataFrame([_row(claim, store) for claim in chosen])
+    """One row per claim (of one notebook, or of all): effect, interval, p, power, the paper's, verdict.
+
+    Whole families are judged even where one notebook's claims are asked for.
+    """
+    wanted = [claim for claim in CLAIMS if notebook in (None, claim.notebook)]
+    rows = {}
+    for family in dict.fromkeys(claim.family for claim in wanted):
+        members = [claim for claim in CLAIMS if claim.family == family]
+        cases = [claim.case(store) for claim in members]
+        rows |= {
+            claim.id: _row(claim, case, judged)
+            for claim, case, judged in zip(members, cases, judge(cases), strict=True)
+        }
+    return pd.DataFrame([rows[claim.id] for claim in wanted])
 
 
-def _row(claim: Claim, store: Measurements) -> dict[str, object]:
-    measured = estimate(claim.runs(store))
-    decided = verdict(measured, claim.low, claim.high, claim.paper)
-    said = {name: getattr(claim, name) for name in ("id", "quote", "source", "measured", "unit", "paper")}
-    names = ("effect", "low", "high", "detectable", "tasks", "seeds", "questions", "trial")
-    numbers = {name: asdict(measured)[name] if measured else None for name in names}
-    return {**said, **numbers, "verdict": decided.word, "reason": decided.reason}
+def _row(claim: Claim, case: Case, judged: Judgement) -> dict[str, object]:
+    said = ("id", "family", "notebook", "quote", "source", "measured", "unit", "paper")
+    numbers = ("effect", "low", "high", "tasks", "seeds", "questions", "trial")
+    return {
+        **{name: getattr(claim, name) for name in said},
+        **{name: getattr(case.measured, name, None) for name in numbers},
+        "effect_spread": _spread_over_seeds(case.measured),
+        **{name: getattr(judged, name) for name in ("p", "corrected", "power", "seeds_needed")},
+        "assumed": case.assumed,
+        "verdict": judged.verdict.word,
+        "reason": judged.verdict.reason,
+    }
+
+
+def _spread_over_seeds(measured: Estimate | None) -> float:
+    """Standard deviation of the effect over runs of one seed; NaN unless several seeds were run."""
+    return sqrt(measured.trial_variance) if measured and measured.trial == "seeds" else nan
 
 
 def tally(frame: pd.DataFrame) -> dict[str, int]:
-    """How many claims are shown, not shown and not testable here."""
-    return {word: int((frame.verdict == word).sum()) for word in (SHOWN, NOT_SHOWN, NOT_TESTABLE)}
+    """How many claims are shown, not shown, not testable here and not run."""
+    return {word: int((frame.verdict == word).sum()) for word in (SHOWN, NOT_SHOWN, NOT_TESTABLE, NOT_RUN)}

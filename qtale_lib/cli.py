@@ -18,7 +18,7 @@ from rich.table import Table
 from qtale_lib import benchmark_report, sweep, tables
 from qtale_lib.config import load_profile
 from qtale_lib.errors import UserError
-from qtale_lib.jobs import RULES, Job, Run, all_jobs, needs
+from qtale_lib.jobs import Job, Run, all_jobs, needs, rules
 from qtale_lib.lab import Lab, run_spec
 from qtale_lib.notebooks import AT_ONCE, Executions, as_task, choose
 from qtale_lib.pool import Outcome
@@ -250,7 +250,7 @@ def evaluate(
     lab, chosen = _one(profile, task, method, seed)
     _ensure(lab, [Job(chosen), Job(chosen, bits)])
     shown = ("theta", "metric", "acc", "ppl", "stderr", "count", "nll", "execution_ratio", "loss_ratio")
-    for rule in RULES[method]:
+    for rule in rules(lab.profile, method):
         value = lab.result("evaluation", **run_spec(chosen, bits=bits, theta=rule))["value"]
         _show(f"{chosen.name}, {bits} bit, θ {rule}", {name: value[name] for name in shown if name in value})
 

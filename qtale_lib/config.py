@@ -30,7 +30,7 @@ from qtale_lib.profile_files import Settings, read_profile, shown
 Task = Literal[
     "piqa", "boolq", "siqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "mmlu", "alpaca"
 ]
-Method = Literal["full", "dllm", "qtale"]
+Method = Literal["full", "dllm", "qtale", "noisy_full"]
 Bits = Literal[16, 8, 4, 3, 2]
 
 TASKS: tuple[str, ...] = get_args(Task)
@@ -66,6 +66,7 @@ NotNegative = Annotated[
     float, Field(strict=True, ge=0, allow_inf_nan=False, description="a number of at least 0")
 ]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1, description="a number of at least 0 and below 1")]
+Theta = Annotated[float, Field(strict=True, gt=0, lt=1)]
 Text = Annotated[
     str, Field(strict=True, min_length=1, description="a text (in quotes if it reads as a number)")
 ]
@@ -188,6 +189,7 @@ class Profile(Section):
     base: "microworld" (the embedded one), a folder, a name in $QTALE_MODELS_DIR, or a hub id (`revision`).
     data_dir: folder with the benchmarks' original files; None for the embedded world.
     group_size: weights that share a quantization scale; -1 for one group per row.
+    theta_sweep: further θ at which every routed model is evaluated, at every bit width; usually none.
     max_steps: optimizer steps of a fine-tuning, in place of what `epochs` come to; None leaves it to them.
     evaluated: the split that is measured, up to `limit.test`: "validation" while settings are being chosen.
     """
@@ -219,6 +221,11 @@ class Profile(Section):
             min_length=1,
             description=f"a count of 1 to {MOST_SEEDS}, or a list of whole numbers from 0 on, none twice",
         ),
+    ]
+    theta_sweep: Annotated[
+        tuple[Theta, ...],
+        AfterValidator(_distinct),
+        Field(description="a list of numbers above 0 and below 1, none twice; [] for no sweep"),
     ]
     max_steps: CountOrNull
     evaluated: Literal["test", "validation"]

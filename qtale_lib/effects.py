@@ -13,13 +13,14 @@ from math import log
 import numpy as np
 import pandas as pd
 
-from qtale_lib import paper
-from qtale_lib.measurements import LOWEST_LAYERS, USUAL_RULE, Measurements, group_of
+from qtale_lib import jobs, paper
+from qtale_lib.measurements import LOWEST_LAYERS, USUAL_RULE, Cell, Measurements, group_of
 from qtale_lib.statistics import Run
 
 Contrast = dict[tuple[str, int, str], float]  # (method, bits, rule that sets theta) -> weight
 Probes = dict[str, pd.DataFrame]  # method -> probes of its routed layers in one fine-tuning
 
+COMMON = 0.02  # execution ratios in common below which two methods are not compared at equal ones
 EARLY = 0.3  # "the first three epochs of a 10-epoch training" (Sec. 3.1)
 
 
@@ -29,25 +30,85 @@ EARLY = 0.3  # "the first three epochs of a 10-epoch training" (Sec. 3.1)
 def contrast_runs(store: Measurements, contrast: Contrast, group: str, measure: str) -> list[Run]:
     """One Run per task of the group and seed for which every cell of the contrast was evaluated.
 
-    `measure` is "score" (a gain), "execution_ratio" or "loss_ratio" (points).
+    `measure` is "score" (a gain), or "execution_ratio", "loss_ratio", "off_target" (loss-R minus the
+    profile's target), all three in points.
     """
-    tasks = [task for task in store.profile.tasks if group_of(task) == group]
-    pairs = [(task, seed) for task in tasks for seed in store.profile.seeds]
-    runs = [_contrast_run(store, contrast, task, seed, measure) for task, seed in pairs]
+    runs = []
+    for task, seed in _trials(store, group):
+        cells = {(task, method, seed, bits, rule): w for (method, bits, rule), w in contrast.items()}
+        if all(cell in store.answers for cell in cells):
+            runs.append(_gain(store, cells) if measure == "score" else _ratio(store, cells, measure))
     return [run for run in runs if run is not None]
 
 
-def _contrast_run(store: Measurements, contrast: Contrast, task: str, seed: int, measure: str) -> Run | None:
-    cells = [(task, method, seed, bits, rule) for method, bits, rule in contrast]
-    if not all(cell in store.answers for cell in cells):
+def equal_ratio_runs(store: Measurements, plus: str, minus: str, bits: int, group: str) -> list[Run]:
+    """`plus` minus `minus` at equal execution ratio: one Run per task of the group and seed with a θ sweep.
+
+    Each method's score is interpolated linearly over R between the θ evaluated (0.5 and the profile's sweep),
+    and the difference averaged over the R that both reach. That is a weighted sum of evaluations; R itself,
+    a mean over all tokens, counts as known.
+    """
+    runs = []
+    for task, seed in _trials(store, group):
+        curves = [_curve(store, task, method, seed, bits) for method in (plus, minus)]
+        ratios = [np.array([store.answers[cell].execution_ratio for cell in curve]) for curve in curves]
+        weights = equal_ratio_weights(*ratios) if all(curves) else None
+        if weights is not None:
+            signed = np.concatenate([weights[0], -weights[1]])
+            runs.append(_gain(store, dict(zip([*curves[0], *curves[1]], signed, strict=True))))
+    return runs
+
+
+def _trials(store: Measurements, group: str) -> list[tuple[str, int]]:
+    tasks = [task for task in store.profile.tasks if group_of(task) == group]
+    return [(task, seed) for task in tasks for seed in store.profile.seeds]
+
+
+def _curve(store: Measurements, task: str, method: str, seed: int, bits: int) -> list[Cell]:
+    """The evaluated cells along θ, but for the searched one, which lies at another place in every run, and
+    for θ → 0, whose R of 1 lies far from all others.
+    """
+    rules = [rule for rule in jobs.rules(store.profile, method) if rule not in ("searched", "zero")]
+    cells = [(task, method, seed, bits, rule) for rule in rules]
+    return [cell for cell in cells if cell in store.answers]
+
+
+def equal_ratio_weights(plus: np.ndarray, minus: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Weights on the points of two curves, given their ratios [points], that average each curve, linearly
+    interpolated, over the ratios that both reach; None if these are fewer than COMMON.
+    """
+    low, high = max(plus.min(), minus.min()), min(plus.max(), minus.max())
+    if high - low < COMMON:
         return None
-    answers, weights = [store.answers[cell] for cell in cells], list(contrast.values())
-    if measure != "score":
-        values = [getattr(answer, measure) for answer in answers]
-        return None if None in values else Run(task, seed, 100 * float(np.dot(weights, values)))
+    at = low + (high - low) * (np.arange(1000) + 0.5) / 1000
+    return _mean_weights(plus, at), _mean_weights(minus, at)
+
+
+def _mean_weights(ratios: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Weights [points] that give the mean of a curve, linear between its points, over the places `at`."""
+    order = np.argsort(ratios, kind="stable")
+    weights = np.empty(len(ratios))
+    weights[order] = [np.interp(at, ratios[order], unit).mean() for unit in np.eye(len(ratios))]
+    return weights
+
+
+def _gain(store: Measurements, weights: dict[Cell, float]) -> Run:
+    """A weighted sum of scores of one task and seed, on the same questions."""
+    answers, (task, _, seed, *_) = [store.answers[cell] for cell in weights], next(iter(weights))
     shares = [answer.scores * answer.weights / answer.weights.mean() for answer in answers]
-    gains = _sign(group_of(task)) * np.dot(weights, shares)
+    gains = _sign(group_of(task)) * np.dot(list(weights.values()), shares)
     return Run(task, seed, float(gains.mean()), gains, answers[0].clusters)
+
+
+def _ratio(store: Measurements, weights: dict[Cell, float], measure: str) -> Run | None:
+    task, _, seed, *_ = next(iter(weights))
+    name, target = (
+        ("loss_ratio", store.profile.training.rate_target) if measure == "off_target" else (measure, 0.0)
+    )
+    values = [getattr(store.answers[cell], name) for cell in weights]
+    if None in values:
+        return None
+    return Run(task, seed, 100 * float(np.dot(list(weights.values()), np.array(values) - target)))
 
 
 def _sign(group: str) -> float:
@@ -149,7 +210,37 @@ def difference(column: str) -> Callable[[Probes], float]:
     return lambda probes: _course(probes["qtale"], column)[2] - _course(probes["dllm"], column)[2]
 
 
-def unevenness(probes: Probes) -> float:
-    """Spread over layers of the share of routed tokens (points), last epoch: QTALE minus D-LLM."""
-    final = {method: probe[probe.epoch == probe.epoch.max()] for method, probe in probes.items()}
-    return 100 * float(final["qtale"].routed_ratio.std() - final["dllm"].routed_ratio.std())
+# How unevenly the layers take part (Fig. 2): measures of the routed layers' ratios at the last epoch.
+
+
+def deviation(ratios: np.ndarray) -> float:
+    """Standard deviation over layers, in points. ratios [layers]: shares of the tokens routed."""
+    return 100 * float(np.std(ratios, ddof=1))
+
+
+def gini(ratios: np.ndarray) -> float:
+    """Gini coefficient of the layers' ratios [layers]: 0 if all are alike, near 1 if one layer runs alone."""
+    ordered, count = np.sort(ratios), len(ratios)
+    ranks = 2 * np.arange(1, count + 1) - count - 1
+    return float(ranks @ ordered / (count * ordered.sum())) if ordered.sum() else 0.0
+
+
+def evenness(ratios: np.ndarray) -> float:
+    """Entropy of the layers' shares of all execution over its maximum, the log of their number: 1 is even."""
+    shares = ratios[ratios > 0] / ratios.sum()
+    return float(-(shares * np.log(shares)).sum() / np.log(len(ratios))) if len(shares) else 1.0
+
+
+def over_layers(
+    measure: Callable[[np.ndarray], float], weights: dict[str, float]
+) -> Callable[[Probes], float]:
+    """A measure of the routed layers' ratios at the last epoch, summed over methods with weights."""
+
+    def effect(probes: Probes) -> float:
+        return sum(weight * measure(_final_ratios(probes[method])) for method, weight in weights.items())
+
+    return effect
+
+
+def _final_ratios(probe: pd.DataFrame) -> np.ndarray:
+    return probe[probe.epoch == probe.epoch.max()].routed_ratio.to_numpy()

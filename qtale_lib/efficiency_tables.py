@@ -15,7 +15,7 @@ from qtale_lib.tables import NOT_RUN, Table, beside, number, of_numbers
 
 MIB, MEGA = 2**20, 10**6
 KEYS = ["bits", "method", "group"]
-CELLS = ["R", "spread", "runs", "bytes", "layers", "routers", "lm_head", "relative", "with_routers"]
+CELLS = ["R", "R_spread", "runs", "bytes", "layers", "routers", "lm_head", "relative", "with_routers"]
 NOTES = (
     "Size: codes, steps (16 bit) and zero points of the decoder linears, embedding, norms and lm_head as "
     "they would be packed, routers in float32.",
@@ -45,14 +45,18 @@ def _routers(store: Measurements, method: str) -> Any:
 
 
 def efficiency_cells(store: Measurements) -> pd.DataFrame:
-    """Tidy: bits, method, group, R (mean over tasks and seeds), bytes, FLOPs by part, relative to Full."""
+    """Tidy: bits, method, group, R (mean over tasks and seeds; R_spread over seeds), bytes, FLOPs by part,
+    relative to Full.
+    """
     frame = store.evaluations
     if frame.empty:
         return pd.DataFrame(columns=[*KEYS, *CELLS])
     usual = [rule == paper_rule(m, b) for rule, m, b in frame[["theta_rule", "method", "bits"]].values]
     frame = frame[usual].assign(group=lambda f: f.task.map(group_of))
-    ratios = frame.groupby(KEYS, sort=False).execution_ratio.agg(R="mean", spread="std", runs="size")
-    return pd.DataFrame([_cell(store, row) for row in ratios.reset_index().to_dict("records")])
+    ratios = frame.groupby(KEYS, sort=False).execution_ratio.agg(R="mean", runs="size")
+    seeds = frame.groupby([*KEYS, "seed"]).execution_ratio.mean().groupby(KEYS)
+    ratios = ratios.join(seeds.std().rename("R_spread")).reset_index()[[*KEYS, *CELLS[:3]]]
+    return pd.DataFrame([_cell(store, row) for row in ratios.to_dict("records")])
 
 
 def _cell(store: Measurements, cell: dict[str, Any]) -> dict[str, Any]:

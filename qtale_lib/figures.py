@@ -67,6 +67,7 @@ STYLE = {
 }
 UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
 BAND = "bands: ± one standard error over questions"
+SEED_BAND = "bands: ± one s.d. over seeds"
 NOT_RUN = "not run in this profile"
 
 
@@ -182,7 +183,8 @@ def ratios_and_flips(frame: pd.DataFrame) -> Figure:
     """Fig. 3: (a) execution ratio and (b) flip share by epoch for a few layers of D-LLM.
 
     `frame`: epoch, layer, ratio, floor (the ratio that always-run tokens give to any layer), flip (measured)
-    and flip_expected (closed form, drawn as a line); one row per epoch and layer.
+    and flip_expected (closed form, drawn as a line); one row per epoch and layer. Bands reach one standard
+    deviation over seeds up and down (ratio_spread, flip_spread), where these are known.
     """
     if frame.empty:
         return empty()
@@ -191,12 +193,14 @@ def ratios_and_flips(frame: pd.DataFrame) -> Figure:
     for style, layer in zip(RANKED, layers, strict=False):
         part = frame[frame.layer == layer]
         ratio.plot(part.epoch, 100 * part.ratio, label=f"layer {layer}", **style)
+        _band(ratio, part, "ratio", style["color"])
         _flip_lines(flips, part, f"layer {layer}", style)
     ratio.axhline(100 * frame.floor.mean(), color="0.5", linewidth=0.7, label="tokens that always run")
     ratio.set(ylabel="execution ratio (%)", ylim=(0, 104), title="(a) execution ratio")
     flips.set_title("(b) flips by noise; lines: mean σ(−|Δ|)")
     flips.set_ylabel("decisions flipped (%)")
     _percent_flipped(flips)
+    _explain_bands(ratio, frame)
     figure.legend(*ratio.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
@@ -204,7 +208,7 @@ def ratios_and_flips(frame: pd.DataFrame) -> Figure:
 def flips_compared(frame: pd.DataFrame) -> Figure:
     """Fig. 7: flip share by epoch, D-LLM against QTALE, one panel per layer, stacked.
 
-    `frame`: method, epoch, layer, flip, flip_expected.
+    `frame`: method, epoch, layer, flip, flip_expected, flip_spread (drawn as in Fig. 3).
     """
     if frame.empty:
         return empty()
@@ -217,7 +221,9 @@ def flips_compared(frame: pd.DataFrame) -> Figure:
     figure.supylabel("decisions flipped (%)", fontsize=STYLE["axes.labelsize"])
     _percent_flipped(axis)
     axis.plot([], [], color="0.4", linewidth=0.9, label="lines: mean σ(−|Δ|)")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    _explain_bands(axis, frame)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3 if len(labels) < 4 else 2)
     return figure
 
 
@@ -230,6 +236,20 @@ def _percent_flipped(axis: Axes) -> None:
 def _flip_lines(axis: Axes, part: pd.DataFrame, label: str, style: dict) -> None:
     axis.plot(part.epoch, 100 * part.flip, label=label, **{**style, "linestyle": "none"})
     axis.plot(part.epoch, 100 * part.flip_expected, **{**style, "marker": "none", "linewidth": 0.9})
+    _band(axis, part, "flip", style["color"])
+
+
+def _band(axis: Axes, part: pd.DataFrame, name: str, colour: str) -> None:
+    """The spread over seeds; nothing with one."""
+    middle, spread = 100 * part[name], 100 * part[f"{name}_spread"]
+    if spread.notna().any():
+        low, high = (middle - spread).clip(lower=0), (middle + spread).clip(upper=100)
+        axis.fill_between(part.epoch, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _explain_bands(axis: Axes, frame: pd.DataFrame) -> None:
+    if frame.flip_spread.notna().any():
+        axis.fill_between([], [], color="0.4", alpha=0.15, linewidth=0, label=SEED_BAND)
 
 
 # Beside Table 4.
@@ -332,7 +352,8 @@ def _flip_curve(flips: Axes, part: pd.DataFrame) -> None:
 def logit_histograms(frame: pd.DataFrame) -> Figure:
     """Fig. 5, 6: router logits, one row of panels per layer, one column per epoch.
 
-    `frame`: epoch, layer, kind (execute, bypass), left, right, count, gap (mean of execute − bypass).
+    `frame`: epoch, layer, kind (execute, bypass), left, right, count, gap (mean of execute − bypass), low and
+    high (percent of tokens in the seeds where these are fewest and most; drawn as a band where known).
     """
     if frame.empty:
         return empty()
@@ -363,7 +384,11 @@ def _logits(axis: Axes, frame: pd.DataFrame) -> None:
     for kind, look in LOGITS.items():
         part = frame[frame.kind == kind]
         share = 100 * part["count"] / max(part["count"].sum(), 1)
-        axis.stairs(share, [*part.left, part.right.iloc[-1]], fill=True, label=kind, linewidth=0.7, **look)
+        edges = [*part.left, part.right.iloc[-1]]
+        axis.stairs(share, edges, fill=True, label=kind, linewidth=0.7, **look)
+        if part.high.notna().all():
+            colour = look.get("color") or look["edgecolor"]
+            axis.stairs(part.high, edges, baseline=part.low, fill=True, color=colour, alpha=0.25)
     axis.margins(y=0.2)  # room for the text
     axis.text(0.03, 0.97, f"mean gap {_signed(frame.gap.iloc[0])}", transform=axis.transAxes, va="top")
 

@@ -12,10 +12,15 @@ if TYPE_CHECKING:
     from qtale_lib.config import Profile
 
 ROUTED = ("dllm", "qtale")
-RULES = {"full": ("none",), "dllm": ("argmax", "searched", "zero"), "qtale": ("argmax", "searched", "zero")}
+RULES = {
+    "full": ("none",),
+    "dllm": ("argmax", "searched", "zero"),
+    "qtale": ("argmax", "searched", "zero"),
+    "noisy_full": ("zero",),
+}
 THETAS = {"none": None, "argmax": 0.5, "zero": 0.0}  # "searched" is found on calibration questions (Sec. 3.4)
 FIGURE_2_TASKS = ("arc_easy", "arc_challenge", "siqa", "piqa")
-TABLE_4_BITS = (16, 4)
+TABLE_4_BITS = (4, 3, 16)  # the paper ablates at 4; its claims are about 3 as well
 
 
 @dataclass(frozen=True, order=True)
@@ -33,7 +38,7 @@ class Run:
 
     @property
     def routed(self) -> bool:
-        """Whether the method has routers."""
+        """Whether routers decide what runs; those of "noisy_full" only make noise in training."""
         return self.method in ROUTED
 
 
@@ -59,10 +64,26 @@ def runs(profile: Profile) -> list[Run]:
     return [Run(t, m, s) for t in profile.tasks for m in profile.methods for s in profile.seeds]
 
 
+def rules(profile: Profile, method: str) -> tuple[str, ...]:
+    """Names of the rules that set θ in a method's evaluations: RULES, and "0.1" for a 0.1 in the sweep."""
+    sweep = [sweep_rule(theta) for theta in profile.theta_sweep if theta not in THETAS.values()]
+    return (*RULES[method], *(sweep if method in ROUTED else ()))
+
+
+def sweep_rule(theta: float) -> str:
+    """The name of the rule that θ is this number."""
+    return repr(theta)
+
+
+def fixed_theta(rule: str) -> float | None:
+    """The θ that a rule other than "searched" stands for; None without routers."""
+    return THETAS[rule] if rule in THETAS else float(rule)
+
+
 def evaluation_specs(profile: Profile, run: Run) -> Iterable[dict[str, object]]:
     """spec of every evaluation of a run: task, method, seed, bits, theta (the rule's name)."""
     for bits in profile.bits:
-        for rule in RULES[run.method]:
+        for rule in rules(profile, run.method):
             yield {"task": run.task, "method": run.method, "seed": run.seed, "bits": bits, "theta": rule}
 
 
@@ -82,9 +103,13 @@ def needs(profile: Profile, notebook: str) -> list[Job]:
         judged = [task for task in CSQA if task in profile.tasks] or profile.tasks
         return [Job(run) for run in routed if run.task in judged]
     if number == "07":
-        shown = [bits for bits in TABLE_4_BITS if bits in profile.bits] or profile.bits
-        return _with_bits(routed, shown)
+        return _with_bits(routed, ablated_bits(profile))
     return all_jobs(profile)
+
+
+def ablated_bits(profile: Profile) -> list[int]:
+    """The bit widths of Table 4 and its controls; all of a profile that has none of TABLE_4_BITS."""
+    return [bits for bits in TABLE_4_BITS if bits in profile.bits] or list(profile.bits)
 
 
 def probed_task(profile: Profile) -> str:
@@ -102,7 +127,8 @@ def expected_seconds(profile: Profile, job: Job) -> float:
         steps = profile.max_steps or recipe.epochs * rows / (recipe.batch_size * recipe.gradient_accumulation)
         return 4.0 + routed * 0.007 * steps * recipe.batch_size * recipe.gradient_accumulation
     searching = 8.0 if job.run.routed else 0.0
-    return 3.0 + searching + (3.0 if job.bits < 16 else 0.0)
+    scoring = 0.004 * (profile.limit.test or 1000) * len(rules(profile, job.run.method))
+    return 3.0 + searching + scoring + (3.0 if job.bits < 16 else 0.0)
 
 
 def _with_bits(chosen: list[Run], widths: Iterable[int]) -> list[Job]:

@@ -42,6 +42,7 @@ READ_ONLY = "QTALE_READ_ONLY"
 BYTES = {"float32": 4, "bfloat16": 2}
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
+UNUSED = {"full": ONLY_ROUTED, "noisy_full": ONLY_ROUTED, "dllm": ("lambda2",), "qtale": ()}
 
 Spec = dict[str, Any]
 
@@ -139,7 +140,7 @@ class Lab:
     def theta(self, spec: Spec) -> float | str | None:
         """The θ that a rule stands for; None without routers; "unknown" while its search is missing."""
         if spec["theta"] != "searched":
-            return jobs.THETAS[spec["theta"]]
+            return jobs.fixed_theta(spec["theta"])
         found = self.find("threshold", **{k: v for k, v in spec.items() if k != "theta"})
         return found["value"]["theta"] if found else "unknown"
 
@@ -160,9 +161,12 @@ class Lab:
     def find(self, kind: str, **spec: Any) -> dict[str, Any] | None:
         """A result's whole JSON, or None if it is missing."""
         address = self.address(kind, spec)
-        if address and address not in self._found and (found := self.store.get(*address)):
+        if address is None or address in self._found:
+            return self._found.get(address)
+        found = self.store.get(*address)
+        if found and kind != "evaluation":  # thousands of them, each with every answer: read, not kept
             self._found[address] = found
-        return self._found.get(address)
+        return found
 
     def result(self, kind: str, **spec: Any) -> dict[str, Any]:
         """A result's whole JSON; UserError if it is missing."""
@@ -242,11 +246,11 @@ class Lab:
 
     def is_done(self, job: Job) -> bool:
         """Whether all results of a job are in the store."""
-        return all(self.find(kind, **spec) for kind, spec in _results_of(job))
+        return all(self.find(kind, **spec) for kind, spec in self._results_of(job))
 
     def forget(self, wanted: Iterable[Job]) -> None:
         """Remove all that the jobs have put into the store; what other jobs have stays."""
-        specs = [pair for job in wanted for pair in _all_of(job)]
+        specs = [pair for job in wanted for pair in self._all_of(job)]
         addresses = [self.address(kind, spec) for kind, spec in specs]  # each by what it was made from
         for address in filter(None, addresses):
             self.store.remove(*address)
@@ -254,8 +258,22 @@ class Lab:
 
     def fingerprint(self, job: Job) -> list[Any]:
         """Keys and times of a job's results: equal while the results are the same."""
-        found = [(s, self.find(kind, **s)) for kind, s in _results_of(job)]
+        found = [(s, self.find(kind, **s)) for kind, s in self._results_of(job)]
         return [(f["key"], f["provenance"]["finished_at"]) if f else (spec, None) for spec, f in found]
+
+    def _results_of(self, job: Job) -> list[tuple[str, Spec]]:
+        """(kind, spec) of the results that a job is there for."""
+        if job.bits is None:
+            return [("finetune", run_spec(job.run))]
+        rules = jobs.rules(self.profile, job.run.method)
+        return [("evaluation", run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules]
+
+    def _all_of(self, job: Job) -> list[tuple[str, Spec]]:
+        """(kind, spec) of a job's results and of those on the way to them."""
+        spec = run_spec(job.run, bits=job.bits)
+        way = ["quantization"] if job.bits and job.bits < 16 else []
+        way += ["threshold"] if job.bits and job.run.routed else []
+        return [*self._results_of(job), *((kind, spec) for kind in way)]
 
     def compute(self, wanted: Iterable[Job]) -> list[Outcome]:
         """Do the jobs whose results are missing, in a pool of processes; failures are among the outcomes.
@@ -308,34 +326,16 @@ def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], N
     stages.perform(Lab(profile, root), job, report)
 
 
-def _results_of(job: Job) -> list[tuple[str, Spec]]:
-    """(kind, spec) of the results that a job is there for."""
-    if job.bits is None:
-        return [("finetune", run_spec(job.run))]
-    rules = jobs.RULES[job.run.method]
-    return [("evaluation", run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules]
-
-
-def _all_of(job: Job) -> list[tuple[str, Spec]]:
-    """(kind, spec) of a job's results and of those on the way to them."""
-    spec = run_spec(job.run, bits=job.bits)
-    way = ["quantization"] if job.bits and job.bits < 16 else []
-    way += ["threshold"] if job.bits and job.run.routed else []
-    return [*_results_of(job), *((kind, spec) for kind in way)]
-
-
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
     """Without what has no effect on the numbers of a method, so that a new λ2 retrains only "qtale"."""
-    dropped = {
-        *WITHOUT_EFFECT,
-        *({"lambda2"} if method == "dllm" else ()),
-        *(ONLY_ROUTED if method == "full" else ()),
-    }
+    dropped = {*WITHOUT_EFFECT, *UNUSED[method]}
     settings["training"] = {
         name: value for name, value in settings["training"].items() if name not in dropped
     }
+    if method not in jobs.ROUTED:
+        del settings["probes"]
     if method == "full":
-        del settings["routing"], settings["probes"]
+        del settings["routing"]
     return settings
 
 

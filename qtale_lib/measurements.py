@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 
 from qtale_lib import paper
-from qtale_lib.jobs import FIGURE_2_TASKS, probed_task
+from qtale_lib.jobs import FIGURE_2_TASKS, ROUTED, probed_task
 
-ROUTED_METHODS = ("dllm", "qtale")
+ROUTED_METHODS = ROUTED
 SHOWN_EPOCHS = (0, 3, 6)  # of Fig. 2, 5 and 6; the last epoch is added
 LOWEST_LAYERS = 3  # Sec. 3.1: layers 20, 23 and 26 of LLaMA3.1-8B
-USUAL_RULE = {"full": "none", "dllm": "argmax", "qtale": "argmax"}
+USUAL_RULE = {"full": "none", "dllm": "argmax", "qtale": "argmax", "noisy_full": "zero"}
 
 Cell = tuple[str, str, int, int, str]  # task, method, seed, bits, rule that sets theta
 
@@ -29,9 +29,10 @@ Cell = tuple[str, str, int, int, str]  # task, method, seed, bits, rule that set
 class Answers:
     """One evaluation, question by question.
 
-    `scores` [questions]: 100 for right and 0 for wrong, or 100 x the negative log-likelihood of a response;
-    `weights` [questions]: 1, or the response's tokens. Their weighted mean is the accuracy in percent, or
-    100 x log PPL. `clusters` [questions]: a label that questions on the same facts share.
+    `scores` [questions]: 100 for right and 0 for wrong (where the choices were drawn: 100 x the chance of
+    right over that draw), or 100 x the negative log-likelihood of a response; `weights` [questions]: 1, or
+    the response's tokens. Their weighted mean is the (expected) accuracy in percent, or 100 x log PPL.
+    `clusters` [questions]: a label that questions on the same facts share.
     """
 
     scores: np.ndarray
@@ -42,7 +43,7 @@ class Answers:
 
     @property
     def mean(self) -> float:
-        """Accuracy in percent, or 100 x log PPL."""
+        """Accuracy in percent, expected where that is known, or 100 x log PPL."""
         return float(np.average(self.scores, weights=self.weights))
 
 
@@ -128,21 +129,22 @@ class Measurements:
     def lowest_by_epoch(self, *methods: str) -> pd.DataFrame:
         """Fig. 3 and 7, tidy: method, layer, epoch and the probed numbers (mean over seeds).
 
-        The layers are the lowest under D-LLM on the task of these figures; no rows without D-LLM.
+        `<number>_spread` is the standard deviation over seeds, NaN with one. The layers are the lowest under
+        D-LLM on the task of these figures; no rows without D-LLM.
         """
         task = self.figure_task()
         layers = self.lowest_layers(task) if task else []
         frame = self.layers
         frame = frame[(frame.task == task) & frame.method.isin(methods) & frame.layer.isin(layers)]
-        return frame.groupby(["method", "layer", "epoch"])[list(PROBED)].mean().reset_index()
+        seeds = frame.groupby(["method", "layer", "epoch"])[list(PROBED)]
+        spread = seeds.std()[list(SPREAD)].add_suffix("_spread")
+        return seeds.mean().join(spread).reset_index()
 
-    def lowest_layers(self, task: str, method: str = "dllm", seed: int | None = None) -> list[int]:
-        """The routed layers with the lowest final ratio (mean over seeds unless one is named), ascending."""
+    def lowest_layers(self, task: str, method: str = "dllm") -> list[int]:
+        """The routed layers with the lowest final ratio (mean over seeds), ascending."""
         frame = self.layers
         frame = frame[(frame.task == task) & (frame.method == method) & frame.flip_expected.notna()]
         frame = frame[frame.epoch == frame.epoch.max()]
-        if seed is not None:
-            frame = frame[frame.seed == seed]
         means = frame.groupby("layer").ratio.mean().sort_values(kind="stable")
         return sorted(int(layer) for layer in means.index[:LOWEST_LAYERS])
 
@@ -153,25 +155,34 @@ class Measurements:
         return next((task for task in first if task in present), None)
 
     def histograms(self, method: str) -> pd.DataFrame:
-        """Fig. 5, 6, tidy: one row per epoch, layer, kind (execute, bypass) and bin, of the first seed.
+        """Fig. 5, 6, tidy: one row per epoch, layer, kind (execute, bypass) and bin, all seeds together.
 
-        The layers are the lowest under D-LLM on the task of these figures.
+        count: sum over seeds; low, high: lowest and highest share of a seed's tokens in the bin (percent);
+        gap, abs_gap: means over seeds, with `_spread` their standard deviation. low, high and the spreads are
+        NaN with one seed. The layers are the lowest under D-LLM on the task of these figures.
         """
-        columns = ["epoch", "layer", "kind", "left", "right", "count", "gap", "abs_gap"]
-        task, seed = self.figure_task(), self.profile.seeds[0]
-        layers = self.lowest_layers(task, seed=seed) if task else []
-        if (task, method, seed) not in self._trained() or not layers:
-            return pd.DataFrame(columns=columns)
-        probes = self.lab.probes(task, method, seed)
+        task = self.figure_task()
+        layers = self.lowest_layers(task) if task else []
+        runs = [run for run in self._trained() if run[:2] == (task, method)]
+        frames = [self._histogram(run, layer, kind) for run in runs for layer in layers for kind in KINDS]
+        if not frames:
+            return pd.DataFrame(columns=HISTOGRAM)
+        bins = pd.concat(frames).groupby(list(HISTOGRAM[:5]), sort=False)
+        frame = bins.agg(
+            count=("count", "sum"),
+            low=("share", "min"),
+            high=("share", "max"),
+            **{name: (name, "mean") for name in ("gap", "abs_gap")},
+            **{f"{name}_spread": (name, "std") for name in ("gap", "abs_gap")},
+        )
+        if len(runs) == 1:
+            frame[["low", "high"]] = np.nan
+        return frame.reset_index()[list(HISTOGRAM)]
+
+    def _histogram(self, run: tuple[str, str, int], layer: int, kind: str) -> pd.DataFrame:
+        probes = self.lab.probes(*run)
         wanted = shown_epochs(probe["epoch"] for probe in probes)
-        frames = [
-            _histogram_frame(probe, layer, kind)
-            for probe in probes
-            if probe["epoch"] in wanted
-            for layer in layers
-            for kind in ("execute", "bypass")
-        ]
-        return pd.concat(frames, ignore_index=True)[columns]
+        return pd.concat([_histogram_frame(p, layer, kind) for p in probes if p["epoch"] in wanted])
 
     def theta_curves(self) -> pd.DataFrame:
         """The coarse phase of the θ searches (Sec. 3.4).
@@ -209,6 +220,10 @@ def _theta_curve(search: Any) -> pd.DataFrame:
 
 LISTED = ("ratio", "flip", "flip_expected", "gap", "abs_gap")
 PROBED = (*LISTED, "routed_ratio", "floor")
+SPREAD = ("ratio", "routed_ratio", "flip")  # of which figures and tables show the spread over seeds
+KINDS = ("execute", "bypass")
+HISTOGRAM = ("epoch", "layer", "kind", "left", "right", "count", "low", "high",
+             "gap", "abs_gap", "gap_spread", "abs_gap_spread")  # fmt: skip
 
 
 def _layer_frame(probe: dict[str, Any]) -> pd.DataFrame:
@@ -225,14 +240,15 @@ def _histogram_frame(probe: dict[str, Any], layer: int, kind: str) -> pd.DataFra
     counts = np.asarray(probe["histogram"][kind][layer], dtype=float)
     return pd.DataFrame({
         "epoch": probe["epoch"], "layer": layer, "kind": kind, "left": edges[:-1], "right": edges[1:],
-        "count": counts, "gap": probe["gap"][layer], "abs_gap": probe["abs_gap"][layer],
+        "count": counts, "share": 100 * counts / max(counts.sum(), 1),
+        "gap": probe["gap"][layer], "abs_gap": probe["abs_gap"][layer],
     })  # fmt: skip
 
 
 def _scores(value: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and weights per question: right or wrong in percent, or 100 x nats per response token."""
+    """Scores and weights per question: (expected) correctness in percent, or 100 x nats per token."""
     if value["metric"] == "acc":
-        scores = 100.0 * np.asarray(value["correct"], dtype=float)
+        scores = 100.0 * np.asarray(value.get("expected_correct") or value["correct"], dtype=float)
         return scores, np.ones_like(scores)
     tokens = np.asarray(value["example_tokens"], dtype=float)
     return 100.0 * np.asarray(value["example_nll"], dtype=float) / tokens, tokens

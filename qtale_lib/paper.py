@@ -10,7 +10,7 @@ import pandas as pd
 
 SOURCE = "Printed in the paper (arXiv 2602.10431); our copy came through text extraction of the PDF."
 MODELS = {"table1": "LLaMA2-7B", "table2": "LLaMA3.1-8B"}
-METHODS = {"full": "Full", "dllm": "D-LLM", "qtale": "QTALE"}
+METHODS = {"full": "Full", "dllm": "D-LLM", "qtale": "QTALE", "noisy_full": "Full, noisy"}  # the last is ours
 CSQA = ("piqa", "boolq", "siqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
 TASK_LABELS = {
     "piqa": "PIQA", "boolq": "BoolQ", "siqa": "SIQA", "arc_easy": "ARCe", "arc_challenge": "ARCc",

@@ -123,7 +123,7 @@ def check_settings(
         raise profile.refusal(
             "max_length", f"is above the base's max_position_embeddings; lower it to {positions}"
         )
-    if any(job.run.routed for job in jobs) and profile.routing.always_run_layers >= layers:
+    if any(job.run.method != "full" for job in jobs) and profile.routing.always_run_layers >= layers:
         complaint = f"leaves none of the base's {layers} layers to route; lower it to at most {layers - 1}"
         raise profile.refusal("routing.always_run_layers", complaint)
     if any(job.bits and job.bits < 16 for job in jobs):

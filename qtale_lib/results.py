@@ -1,4 +1,4 @@
-"""Tables 1, 2 and 4 from the run store, the paper's numbers beside; the setting; the verdicts as a table.
+"""Tables 1 and 2 from the run store, the paper's numbers beside; the setting; the verdicts as a table.
 
 A cell that was not run says so. ± is the sampling error over questions; with two seeds or more the spread
 over seeds (trial error) stands in brackets behind it.
@@ -6,8 +6,7 @@ over seeds (trial error) stands in brackets behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,11 @@ import pandas as pd
 
 from qtale_lib import paper
 from qtale_lib.claims import tally
+from qtale_lib.contrasts import stated
 from qtale_lib.effects import paper_rule
-from qtale_lib.measurements import Measurements, compared_bits, group_of
+from qtale_lib.measurements import Measurements, group_of
 from qtale_lib.provenance import device_name, git_commit, versions
-from qtale_lib.statistics import RULE
+from qtale_lib.statistics import POWER, RULE
 from qtale_lib.tables import NOT_RUN, Table, beside, number, with_errors
 
 ERRORS = (
@@ -27,6 +27,10 @@ ERRORS = (
 )
 RULES_NOTE = (
     "QTALE stands at its searched θ when quantized and at θ = 0.5 in 16 bits, D-LLM at arg max (θ = 0.5)."
+)
+NOISY_NOTE = (
+    "Full, noisy (a control that the paper lacks): trained with layers bypassed at random as by D-LLM's "
+    "routers at their start, quantized and evaluated with every layer run."
 )
 OTHER_MODEL = (
     "The paper's models are other models: absolute differences say how far apart they are, not who is right."
@@ -68,29 +72,30 @@ def accuracy_cells(store: Measurements) -> pd.DataFrame:
     if frame.empty:
         return pd.DataFrame(columns=["bits", "method", "task", "value", "sampling", "spread", "seeds"])
     usual = [rule == paper_rule(m, b) for rule, m, b in frame[["theta_rule", "method", "bits"]].values]
-    frame = _in_percent(frame[usual])
+    frame = in_percent(frame[usual])
     csqa = frame[frame.task.map(group_of) == "csqa"]
     keys = ["bits", "method", "seed"]
     average = (
-        csqa.groupby(keys).agg(value=("value", "mean"), sampling=("sampling", _error_of_mean)).reset_index()
+        csqa.groupby(keys).agg(value=("value", "mean"), sampling=("sampling", error_of_mean)).reset_index()
     )
     frame = pd.concat([frame, average.assign(task="avg")])
     frame["task"] = frame.task.replace({"alpaca": "alpaca_ppl"})
-    return _over_seeds(frame, ["bits", "method", "task"])
+    return over_seeds(frame, ["bits", "method", "task"])
 
 
-def _in_percent(frame: pd.DataFrame) -> pd.DataFrame:
+def in_percent(frame: pd.DataFrame) -> pd.DataFrame:
     """`value` and `sampling`: accuracy in percent or PPL, and its standard error."""
     scale = np.where(frame.metric == "acc", 100.0, 1.0)
     values = np.where(frame.metric == "acc", frame.get("acc", np.nan), frame.get("ppl", np.nan)).astype(float)
     return frame.assign(value=values * scale, sampling=frame.stderr.astype(float) * scale)
 
 
-def _error_of_mean(errors: pd.Series) -> float:
+def error_of_mean(errors: pd.Series) -> float:
+    """Standard error of a mean of independent values with these standard errors."""
     return sqrt(float((errors**2).sum())) / len(errors)
 
 
-def _over_seeds(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def over_seeds(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Mean over seeds; the sampling error is a seed's (all seeds answer the same questions)."""
     grouped = frame.groupby(keys, sort=False)
     return grouped.agg(
@@ -114,17 +119,22 @@ def accuracy_table(store: Measurements) -> Table:
         text,
         cells,
         ("bits", "method", "task"),
-        (*ERRORS, RULES_NOTE, *_partial(store)),
+        (
+            *ERRORS,
+            RULES_NOTE,
+            *((NOISY_NOTE,) if "noisy_full" in store.profile.methods else ()),
+            *_partial(store),
+        ),
     )
 
 
 def _accuracy_row(held: pd.DataFrame, bits: int, method: str) -> dict[str, str]:
     row = {"bits": str(bits), "method": paper.METHODS[method], "θ": _theta_text(paper_rule(method, bits))}
-    cells = {paper.TASK_LABELS[task]: _cell(held, bits, method, task) for task in paper.ACCURACY_COLUMNS}
+    cells = {paper.TASK_LABELS[task]: cell_text(held, bits, method, task) for task in paper.ACCURACY_COLUMNS}
     return {**row, **cells}
 
 
-def _cell(held: pd.DataFrame, *key: Any) -> str:
+def cell_text(held: pd.DataFrame, *key: Any) -> str:
     """The value at a key with its errors; accuracies with one decimal, as these allow, PPL with two."""
     if key not in held.index:
         return NOT_RUN
@@ -212,7 +222,7 @@ def changes_table(store: Measurements) -> Table:
     ]
     text = pd.DataFrame([
         {"bits": str(bits), "task": paper.TASK_LABELS[task], "method": paper.METHODS[method],
-         **{source: _signed(held.get((source, bits, method, task))) for source in sources}}
+         **{source: signed(held.get((source, bits, method, task))) for source in sources}}
         for bits, task, method in rows
     ])  # fmt: skip
     notes = ("Accuracy points; for PPL the change in percent (100 x difference of log PPL).", RULES_NOTE)
@@ -221,7 +231,8 @@ def changes_table(store: Measurements) -> Table:
     return Table("table_1_2_changes", caption, text, frame, keys, notes)
 
 
-def _signed(value: float | None) -> str:
+def signed(value: float | None) -> str:
+    """A difference for readers; a dash where there is none."""
     return "–" if value is None else number(value, sign=True)
 
 
@@ -284,81 +295,6 @@ def _test_rows(store: Measurements) -> list[dict[str, Any]]:
     return rows
 
 
-# Table 4.
-
-ABLATION_METHODS = {"dllm": "no", "qtale": "yes"}  # entropy loss?
-ABLATION_RULES = {"argmax": "0.5", "searched": "adjust", "zero": "→ 0"}
-ABLATION_NUMBERS = ("value", "sampling", "spread", "execution_ratio", "theta_value")
-
-
-def ablation_cells(store: Measurements, bits: Iterable[int]) -> pd.DataFrame:
-    """Tidy: bits, entropy_loss, theta, group, value, its errors, execution_ratio and theta_value (means)."""
-    frame, keys = store.evaluations, ["bits", "entropy_loss", "theta", "group"]
-    if frame.empty:
-        return pd.DataFrame(columns=[*keys, *ABLATION_NUMBERS])
-    frame = _in_percent(frame[frame.method.isin(ABLATION_METHODS) & frame.bits.isin(list(bits))])
-    frame = frame.assign(
-        entropy_loss=frame.method.map(ABLATION_METHODS),
-        theta_value=frame.theta.astype(float),
-        theta=frame.theta_rule.map(ABLATION_RULES),
-        group=frame.task.map(group_of),
-    )
-    means = {name: (name, "mean") for name in ("value", "execution_ratio", "theta_value")}
-    per_seed = (
-        frame.groupby([*keys, "seed"]).agg(**means, sampling=("sampling", _error_of_mean)).reset_index()
-    )
-    ratios = per_seed.groupby(keys)[["execution_ratio", "theta_value"]].mean().reset_index()
-    return _over_seeds(per_seed, keys).merge(ratios, on=keys)[[*keys, *ABLATION_NUMBERS]]
-
-
-def ablation_table(store: Measurements) -> Table:
-    """Table 4 in its layout (entropy x theta), with the controls theta -> 0 and 16 bits."""
-    widths = compared_bits(store.profile)
-    cells = ablation_cells(store, widths)
-    held = cells.set_index(["bits", "entropy_loss", "theta", "group"])
-    text = pd.DataFrame([
-        _ablation_row(held, bits, entropy, theta)
-        for bits in widths for entropy in ABLATION_METHODS.values() for theta in ABLATION_RULES.values()
-    ])  # fmt: skip
-    notes = (
-        *ERRORS,
-        "R: executed share of all (token, layer) pairs. 4 bits with θ 0.5 and adjust: as in the paper. θ → 0 "
-        "(every layer runs) and 16 bits (θ adjusted without quantization) are controls that it lacks.",
-        "Adjusted θ: mean over tasks of the θ searched on calibration questions.",
-    )
-    keys = ("bits", "entropy_loss", "theta", "group")
-    return Table("table_4_ablation", f"Ablation, profile {store.profile.name}", text, cells, keys, notes)
-
-
-def _ablation_row(held: pd.DataFrame, bits: int, entropy: str, theta: str) -> dict[str, str]:
-    row, adjusted = {"bits": str(bits), "entropy loss": entropy, "θ": theta}, []
-    for group in paper.GROUPS:
-        key = (bits, entropy, theta, group)
-        ratio, used = held.loc[key, ["execution_ratio", "theta_value"]] if key in held.index else (None, None)
-        label, metric = paper.TASK_LABELS[group], "PPL" if group == "alpaca" else "acc."
-        row |= {f"{label} {metric}": _cell(held, *key), f"{label} R": number(ratio)}
-        adjusted.append(number(used))
-    return {**row, "adjusted θ": " / ".join(adjusted) if theta == "adjust" else "–"}
-
-
-def ablation_beside_paper(store: Measurements) -> Table:
-    """Table 4: ours | the paper's two models | difference, for accuracy or PPL and for R."""
-    ours = ablation_cells(store, [4]).drop(columns=["bits", "sampling", "spread", "theta_value"])
-    printed = paper.ablation().rename(columns={"task": "group", "execution_ratio": "R", "value": "paper"})
-    both = printed.merge(ours, "left", on=["entropy_loss", "theta", "group"])
-    both = both.assign(difference=both.value - both.paper, R_difference=both.execution_ratio - both.R)
-    text = pd.DataFrame({
-        "model": both.model, "entropy loss": both.entropy_loss, "θ": both.theta,
-        "task": both.group.map(paper.TASK_LABELS), "paper": both.paper.map(number),
-        "ours": both.value.map(number), "difference": both.difference.map(_signed),
-        "paper's R": both.R.map(number), "our R": both.execution_ratio.map(number),
-        "difference in R": both.R_difference.map(_signed),
-    })  # fmt: skip
-    keys = ("model", "entropy_loss", "theta", "group")
-    notes = (paper.SOURCE, OTHER_MODEL, "Ours with errors: table_4_ablation.")
-    return Table("table_4_beside", "Table 4 of the paper (4 bits) beside ours", text, both, keys, notes)
-
-
 # Notes on the paper's own arithmetic, and verdicts.
 
 
@@ -374,15 +310,35 @@ def verdict_table(frame: pd.DataFrame, name: str = "claims") -> Table:
     """Verdicts (claims.verdicts) for readers: claim, measured, effect with interval, the paper's, verdict."""
     intervals = [_interval(row) for row in frame.itertuples()]
     text = pd.DataFrame({
-        "claim": frame.id, "the paper": [f"“{r.quote}” ({r.source})" for r in frame.itertuples()],
+        "claim": frame.id, "family": frame.family, "notebook": frame.notebook,
+        "the paper": [f"“{r.quote}” ({r.source})" for r in frame.itertuples()],
         "measured": frame.measured, "effect [95 %]": intervals,
         "paper's": [number(value) if pd.notna(value) else "–" for value in frame.paper],
-        "detectable": [number(value) if pd.notna(value) else "–" for value in frame.detectable],
+        "p": [_probability(value) for value in frame.p],
+        "corrected": [_probability(value) for value in frame.corrected],
+        "power": [f"{value:.0%}" if pd.notna(value) else "–" for value in frame.power],
+        f"seeds for {POWER:.0%}": [_seeds(value) for value in frame.seeds_needed],
         "over": [_basis(row) for row in frame.itertuples()],
         "verdict": [f"{row.verdict}: {row.reason}" for row in frame.itertuples()],
     })  # fmt: skip
     counts = ", ".join(f"{count} {word}" for word, count in tally(frame).items())
-    return Table(name, f"Claims: {counts}", text, frame, ("id",), (RULE,))
+    return Table(name, f"Claims: {counts}", text, frame, ("id",), (RULE, *_what_scores_are()))
+
+
+def _what_scores_are() -> tuple[str, ...]:
+    metrics = stated().metrics.items()
+    said = [f"{paper.TASK_LABELS[group]}: {metric.metric}" for group, metric in metrics]
+    families = f"Families: {', '.join(stated().families)} (contrasts.yaml), figures, noise."
+    return f"Effects on answers: {'; '.join(said)}.", families
+
+
+def _probability(value: float) -> str:
+    return "–" if pd.isna(value) else "< 0.001" if value < 0.001 else number(value, 3)
+
+
+def _seeds(value: float) -> str:
+    """A number of seeds; where no number would do, more questions are what is missing."""
+    return "–" if pd.isna(value) else "more questions" if value == inf else f"{value:.0f}"
 
 
 def _interval(row: Any) -> str:

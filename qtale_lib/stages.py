@@ -24,7 +24,7 @@ from qtale_lib.calibration import search_threshold
 from qtale_lib.data import subset
 from qtale_lib.data.prompts import render
 from qtale_lib.evaluation import evaluate_choices, perplexity, rows_that_fit
-from qtale_lib.jobs import RULES, Job, Run
+from qtale_lib.jobs import Job, Run, rules
 from qtale_lib.lab import Lab, Spec, run_spec
 from qtale_lib.quantization import apply_search, quantize, save_search
 from qtale_lib.store import file_digest
@@ -70,10 +70,11 @@ def evaluate_run(lab: Lab, run: Run, bits: int, report: Report) -> None:
         spec = run_spec(run, bits=bits)
         lab.once("threshold", spec, lambda _: find_threshold(lab, spec, *model()))
     report(0.5)
-    for done, rule in enumerate(RULES[run.method], start=1):
+    wanted = rules(lab.profile, run.method)
+    for done, rule in enumerate(wanted, start=1):
         spec = run_spec(run, bits=bits, theta=rule)
         lab.once("evaluation", spec, functools.partial(_evaluate, lab, spec, model))
-        report(0.5 + 0.5 * done / len(RULES[run.method]))
+        report(0.5 + 0.5 * done / len(wanted))
 
 
 def prepared_model(lab: Lab, run: Run, bits: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -100,7 +101,7 @@ def merged_model(directory: Path) -> PreTrainedModel:
 
 def quantized(lab: Lab, spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Quantize the model in place: by the search in the store, else by a new one that is kept."""
-    set_threshold_if_routed(model, 0.5)
+    set_threshold_if_routed(model, 0.0 if spec["method"] == "noisy_full" else 0.5)
     fresh = []
 
     def compute(directory: Path) -> dict[str, Any]:

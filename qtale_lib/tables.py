@@ -6,10 +6,12 @@ The CSV holds the tidy frame that the text was made from. Notes say what ± and 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from qtale_lib.config import LABELS
@@ -123,19 +125,89 @@ def beside_reference(table: Table, lab: Lab, root: Path = ROOT) -> Table:
     """Every number of a table beside the committed reference run's: here | reference | difference.
 
     Without a reference of the lab's profile there is only a note that says so; where the reference was made
-    with other settings or another base, the note says with which.
+    with other settings or another base, the note says with which. If a run of the profile's family with
+    several seeds is committed (<profile>-full), its mean and spread over seeds stand beside as well, and z.
     """
     profile = lab.profile.name
     folder = root / "results" / "reference" / profile
     path = folder / "tables" / f"{table.name}.csv"
-    if not path.is_file():
-        note = f"No reference run of profile {profile} is committed."
-        return replace(table, text=pd.DataFrame(), frame=pd.DataFrame(), notes=(note,))
-    frame = _compared(table.frame, pd.read_csv(path), list(table.keys))
-    shown = {name: frame[name].map("{:.4g}".format) for name in ("here", "reference", "difference")}
-    note = _reference_note(lab, read_json(folder / "provenance.json"))
+    keys = list(table.keys)
+    if path.is_file():
+        frame = _compared(table.frame, pd.read_csv(path), keys)
+        notes = (_reference_note(lab, read_json(folder / "provenance.json")),)
+    else:
+        frame, notes = pd.DataFrame(), (f"No reference run of profile {profile} is committed.",)
+    if family := _family(table, lab, root):
+        frame, note = _among_seeds(table.frame, frame, family, keys)
+        notes += (note,)
+    shown = {name: frame[name].map(_four_digits) for name in frame if name in COMPARED or "-full" in name}
     caption = f"{table.caption}: here beside the committed reference run"
-    return replace(table, caption=caption, text=frame.assign(**shown), frame=frame, notes=(note,))
+    return replace(table, caption=caption if len(frame) else table.caption, text=frame.assign(**shown),
+                   frame=frame, notes=notes)  # fmt: skip
+
+
+COMPARED = ("here", "reference", "difference", "z")
+FULLER = ("methods", "seeds", "theta_sweep", "limit.test")  # in what a -full profile may differ from its own
+
+
+def _four_digits(value: Any) -> str:
+    return "–" if pd.isna(value) else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The committed run of several seeds: its name, their number, a table's numbers; settings that differ
+    though they should not.
+    """
+
+    name: str
+    seeds: int
+    frame: pd.DataFrame
+    other: list[str]
+
+
+def _family(table: Table, lab: Lab, root: Path) -> _Family | None:
+    """The run whose profile is <profile>-full and extends the lab's; None without one of at least 2 seeds."""
+    name = f"{lab.profile.name}-full"
+    folder = root / "results" / "reference" / name
+    path, provenance = folder / "tables" / f"{table.name}.csv", read_json(folder / "provenance.json")
+    if not path.is_file() or not isinstance(provenance, dict):
+        return None
+    profile = provenance["profile"]
+    if profile["extends"] != lab.profile.name or len(profile["seeds"]) < 2:
+        return None
+    other = [key for key in _other_settings(lab, provenance) if key not in FULLER]
+    return _Family(name, len(profile["seeds"]), pd.read_csv(path), other)
+
+
+def _among_seeds(
+    here: pd.DataFrame, frame: pd.DataFrame, family: _Family, keys: list[str]
+) -> tuple[pd.DataFrame, str]:
+    """The comparison with the family's mean, spread over seeds and z beside, and the note on them."""
+    index = [*keys, "column"]
+    columns = [name for name in _numbers(here, family.frame, keys) if spread_of(name) in family.frame]
+    means, spreads = (_long(family.frame, keys, names, f"{family.name}{what}") for names, what in (
+        (columns, ""), ({spread_of(name): name for name in columns}, " spread")))  # fmt: skip
+    base = frame if len(frame) else _long(here, keys, columns, "here").dropna(subset="here")
+    base = base.merge(means, "left", on=index).merge(spreads, "left", on=index)
+    variance = base[f"{family.name} spread"] ** 2 * (1 + 1 / family.seeds)
+    if "sampling" in here:  # of the values alone
+        base = base.merge(_long(here, keys, {"sampling": "value"}, "error"), "left", on=index)
+        variance += base.pop("error").fillna(0.0) ** 2
+    z = (base.here - base[family.name]) / np.sqrt(variance.where(variance > 0))
+    note = (
+        f"{family.name}: mean over its {family.seeds} seeds, and their standard deviation (spread). z: here "
+        "− mean, over √(spread² (1 + 1/seeds) + sampling error²), the sampling error being that of the "
+        "accuracy or PPL here: between −2 and 2 is what one more seed would give."
+    )
+    if family.other:
+        return base.assign(z=np.nan), f"{note} It differs in {', '.join(family.other)}: z does not apply."
+    return base.assign(z=z), note
+
+
+def spread_of(column: str) -> str:
+    """The column that holds a column's standard deviation over seeds."""
+    return "spread" if column == "value" else f"{column}_spread"
 
 
 def _reference_note(lab: Lab, provenance: Any) -> str:
@@ -167,10 +239,17 @@ def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _compared(here: pd.DataFrame, reference: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """The numbers of both frames in long form, matched on their keys."""
-    numbers = [name for name in here.select_dtypes("number") if name in reference and name not in keys]
-    long = [
-        frame.astype(dict.fromkeys(keys, str)).melt(keys, numbers, "column", name)
-        for frame, name in ((here, "here"), (reference, "reference"))
-    ]
+    numbers = _numbers(here, reference, keys)
+    long = [_long(frame, keys, numbers, name) for frame, name in ((here, "here"), (reference, "reference"))]
     both = long[0].merge(long[1], on=[*keys, "column"]).dropna(subset=["here", "reference"])
     return both.assign(difference=both.here - both.reference)
+
+
+def _numbers(here: pd.DataFrame, other: pd.DataFrame, keys: list[str]) -> list[str]:
+    return [name for name in here.select_dtypes("number") if name in other and name not in keys]
+
+
+def _long(frame: pd.DataFrame, keys: list[str], columns: Iterable[str], name: str) -> pd.DataFrame:
+    """One row per key and column, named in `column` (by another name if `columns` maps to one)."""
+    long = frame.astype(dict.fromkeys(keys, str)).melt(keys, list(columns), "column", name)
+    return long.replace({"column": columns}) if isinstance(columns, dict) else long

@@ -1,7 +1,8 @@
 """The paper's loss (Sec. 3.2; Eq. 4, 7, 8) in a transformers Trainer, LoRA by peft, checkpoints, divergence.
 
-The three methods differ in one thing each: "full" is the same LoRA without routers, "dllm" has routers and no
-entropy term (λ2 = 0), "qtale" has both.
+The methods differ in one thing each: "full" is the same LoRA without routers, "dllm" has routers and no
+entropy term (λ2 = 0), "qtale" has both. "noisy_full", a control that the paper lacks, has the noise of
+routers and none of their decisions (see `only_noise`).
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ class Objective(NamedTuple):
 
     @classmethod
     def of(cls, method: str, training: Any) -> Objective:
-        """The objective of "full", "dllm" or "qtale" under a profile's training section."""
+        """The objective of a method under a profile's training section."""
         if method == "full":
             return cls(routed=False)
+        if method == "noisy_full":
+            return cls(routed=True)
         lambda2 = training.lambda2 if method == "qtale" else 0.0
         return cls(True, training.lambda1, lambda2, training.rate_target, training.rate_loss)
 
@@ -73,6 +76,26 @@ def add_lora(model: PreTrainedModel, settings: Any) -> PeftModel:
         if is_router(name):
             parameter.requires_grad_(True)
     return adapted
+
+
+def only_noise(model: nn.Module) -> nn.Module:
+    """Freeze the routers where they know nothing of the token: D-LLM's Gumbel noise, and nothing to learn.
+
+    What regularises in D-LLM's training is that each layer is bypassed at random. To see that alone, the last
+    weights become 0, so that every gap is the one of the biases at the start (2.0 − 0.1) and a token bypasses
+    a layer with probability σ(−1.9) = 13 %, whichever token it is and throughout training; the loss is CE
+    alone. Routers trained by CE would learn to execute and the noise would fade; frozen ones that read the
+    hidden state would let LoRA steer them. Every layer runs when such a model is quantized and evaluated
+    (θ = 0), so that it differs from "full" in the noise of its training and in nothing else. D-LLM's own
+    noise changes as its gaps grow: the control has what D-LLM has at its start.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_router(name):
+                parameter.requires_grad_(False)
+                if name.endswith("score.weight"):
+                    parameter.zero_()
+    return model
 
 
 def is_router(name: str) -> bool:

@@ -31,7 +31,7 @@ from qtale_lib.data import Example, load_task, subset
 from qtale_lib.data.encoding import collate, encode_all
 from qtale_lib.errors import UserError
 from qtale_lib.probes import ProbeCallback
-from qtale_lib.trainer import Objective, RoutedTrainer, add_lora
+from qtale_lib.trainer import Objective, RoutedTrainer, add_lora, is_router, only_noise
 
 __all__ = ["Objective", "RoutedTrainer", "add_lora", "finetune", "prepare_model", "train_rows"]
 
@@ -65,7 +65,8 @@ def finetune(
     rows, counts = train_rows(profile, task, examples, tokenizer)
     model = prepare_model(model, profile, method, seed)
     probe = ProbeCallback(probed(rows, profile.probes.samples), profile.training.eval_batch_size, seed)
-    callbacks = [probe] if method != "full" else []
+    learning = [name for name, p in model.named_parameters() if p.requires_grad and is_router(name)]
+    callbacks = [probe] if learning else []
     if progress:
         callbacks.append(ProgressCallback(progress))
     trainer = make_trainer(model, tokenizer, rows, profile, method, seed, directory, callbacks)
@@ -112,7 +113,8 @@ def prepare_model(model: PreTrainedModel, profile: Profile, method: str, seed: i
             ),
         )
     set_seed(seed)
-    return add_lora(model, profile.lora)
+    model = add_lora(model, profile.lora)
+    return only_noise(model) if method == "noisy_full" else model
 
 
 def make_trainer(

@@ -11,9 +11,11 @@ import pandas as pd
 
 from qtale_lib import paper
 
-RULES = {"full": ("none",), "dllm": ("argmax", "searched", "zero"), "qtale": ("argmax", "searched", "zero")}
+ROUTED_RULES = ("argmax", "searched", "zero")
+RULES = {"full": ("none",), "dllm": ROUTED_RULES, "qtale": ROUTED_RULES, "noisy_full": ("zero",)}
 LAYERS, ALWAYS_RUN, TOKENS, RESERVED = 8, 2, 4000, 400
 SEARCHED = 50  # calibration questions of a θ search
+RISE = {"dllm": 0.3, "qtale": 0.8}  # of the execution ratio, as θ falls from 0.5
 THETA = {"none": None, "argmax": 0.5, "searched": 0.2, "zero": 0.0}
 CONFIG = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
@@ -38,6 +40,7 @@ def profile(**changes: Any) -> SimpleNamespace:
         "training": SimpleNamespace(rate_target=0.5, epochs=10),
         "quantization": SimpleNamespace(lm_head_bits=16, method="awq"),
         "routing": SimpleNamespace(hidden=None, always_run_layers=ALWAYS_RUN, always_run_tokens=2),
+        "theta_sweep": [],
     }  # fmt: skip
     assert set(changes) <= set(fields)
     return SimpleNamespace(**{**fields, **changes}, digest=lambda *sections: "0" * 16)
@@ -79,12 +82,17 @@ class FakeLab:
 
     def evaluations(self) -> pd.DataFrame:
         runs = self.finetunes().values.tolist()
-        cells = [(t, m, s, b, rule) for t, m, s in runs for b in self.profile.bits for rule in RULES[m]]
+        cells = [(t, m, s, b, rule) for t, m, s in runs for b in self.profile.bits for rule in self.rules(m)]
         return pd.DataFrame([self.row(*cell) for cell in cells])
+
+    def rules(self, method: str) -> list[str]:
+        swept = self.profile.theta_sweep if method in ("dllm", "qtale") else []
+        return [*RULES[method], *map(str, swept)]
 
     def row(self, task: str, method: str, seed: int, bits: int, rule: str) -> dict[str, Any]:
         value = self.value(task, method, seed, bits, rule)
-        names = ("metric", "acc", "ppl", "stderr", "count", "nll", "execution_ratio", "loss_ratio", "theta")
+        names = ("metric", "acc", "expected_acc", "ppl", "stderr", "count", "nll", "execution_ratio",
+                 "loss_ratio", "theta")  # fmt: skip
         spec = {"task": task, "method": method, "seed": seed, "bits": bits, "theta_rule": rule}
         return {**spec, **{name: value.get(name) for name in names}}
 
@@ -101,13 +109,15 @@ class FakeLab:
         return self.values[cell]
 
     def made_up(self, task: str, method: str, seed: int, bits: int, rule: str) -> dict[str, Any]:
-        ratio = {"none": 1.0, "argmax": 0.52, "searched": 0.54, "zero": 1.0}[rule]
+        theta = THETA[rule] if rule in THETA else float(rule)
+        ratio = {"none": 1.0, "searched": 0.54, "zero": 1.0}.get(rule) or 0.52 + RISE[method] * (0.5 - theta)
         ratio += 0.0 if rule in ("none", "zero") else self.noise("ratio", task, method, seed).normal(0, 0.01)
-        common = {"execution_ratio": ratio, "loss_ratio": min(ratio, 1.0), "theta": THETA[rule],
+        common = {"execution_ratio": ratio, "loss_ratio": min(ratio, 1.0), "theta": theta,
                   "rows": {"used": self.questions, "dropped": 3, "cut": 0},
                   "facts": [[f"fact{i // 2}"] for i in range(self.questions)]}  # fmt: skip
         usual = self.accuracy.get((method, 16, RULES[method][0]), 80.0)
         score = self.accuracy.get((method, bits, rule), usual)
+        score += 0.0 if rule in THETA else 20 * (ratio - 0.52)
         score += self.noise("run", task, method, seed).normal(0, 0.3)
         measured = self.perplexity(task, score) if task == "alpaca" else self.choices(task, score)
         return {**common, **measured}
@@ -115,9 +125,15 @@ class FakeLab:
     def choices(self, task: str, score: float) -> dict[str, Any]:
         easiness = self.noise("questions", task).permutation(self.questions) / self.questions
         correct = (easiness < score / 100).astype(int)
+        chance = ((score / 100 - easiness) / 0.1 + 0.5).clip(0, 1)  # averages to the score as well
         stderr = float(correct.std() / self.questions**0.5)
         shared = {"metric": "acc", "count": self.questions, "nll": 0.5, "stderr": stderr}
-        return {**shared, "acc": float(correct.mean()), "correct": correct.tolist()}
+        drawn = task != "boolq"  # its two choices are all there are
+        expected = chance if drawn else correct
+        return {
+            **shared, "acc": float(correct.mean()), "correct": correct.tolist(),
+            "expected_acc": float(expected.mean()), "expected_correct": expected.tolist() if drawn else None,
+        }  # fmt: skip
 
     def perplexity(self, task: str, score: float) -> dict[str, Any]:
         noise = self.noise("questions", task)

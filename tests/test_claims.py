@@ -6,12 +6,15 @@ from math import isnan, log
 
 import numpy as np
 import pytest
+import yaml
 from fake_lab import RULES, FakeLab
+from pydantic import ValidationError
 
-from qtale_lib import effects
+from qtale_lib import contrasts, effects
 from qtale_lib.claims import CLAIMS, NOISE_CLAIMS, tally, verdicts
+from qtale_lib.config import METHODS
 from qtale_lib.measurements import Measurements
-from qtale_lib.statistics import NOT_SHOWN, NOT_TESTABLE, SHOWN, Run
+from qtale_lib.statistics import NOT_RUN, NOT_SHOWN, NOT_TESTABLE, SHOWN, Run
 
 MEASURED = [claim.id for claim in CLAIMS if claim not in NOISE_CLAIMS]
 
@@ -41,7 +44,7 @@ def test_a_lab_where_all_methods_do_the_same_shows_no_gain():
     words = judged(accuracy={}, seeds=[0, 1])
     null = ("T1 D-LLM loses", "T1 QTALE recovers", "T4 θ", "T4 entropy helps")
     claims = [claim for claim in words if claim.startswith(null)]
-    assert len(claims) == 7 + 7 + 3 + 3 + 3
+    assert len(claims) == 7 + 7 + 3 + 5 + 3
     assert all(words[claim] != SHOWN for claim in claims)
 
 
@@ -55,7 +58,9 @@ def test_the_opposite_of_a_claim_is_not_shown():
 
 def test_one_seed_of_one_task_is_not_testable():
     words = judged(tasks=["arc_easy", "alpaca"], bits=[16, 4])
-    assert {words[claim] for claim in MEASURED} == {NOT_TESTABLE}
+    assert {words[claim] for claim in MEASURED} == {NOT_TESTABLE, NOT_RUN}
+    assert words["T1 D-LLM loses more, 3 bits, CSQA"] == words["T3 half, MMLU"] == NOT_RUN
+    assert words["T1 D-LLM loses more, 4 bits, CSQA"] == words["F3 fades"] == NOT_TESTABLE
 
 
 @pytest.mark.parametrize(
@@ -128,6 +133,87 @@ def test_noise_claims_are_those_of_gumbel_draws():
     assert frame.verdict.tolist() == [SHOWN, NOT_SHOWN, SHOWN]
 
 
+def test_at_equal_ratio_the_difference_is_that_of_the_interpolated_curves():
+    """An independent way: both curves of means, interpolated on a grid of R."""
+    sweep = [0.3, 0.1, 0.01]
+    store = Measurements(FakeLab(tasks=["siqa"], theta_sweep=sweep, seeds=[0, 1]))
+    runs = effects.equal_ratio_runs(store, "qtale", "dllm", 3, "csqa")
+    assert [(run.task, run.seed) for run in runs] == [("siqa", 0), ("siqa", 1)]
+    for run in runs:
+        curves = {}
+        for method in ("qtale", "dllm"):
+            rules = ("argmax", *map(str, sweep))
+            points = [store.answers["siqa", method, run.seed, 3, rule] for rule in rules]
+            curves[method] = np.array(sorted((p.execution_ratio, p.mean) for p in points)).T
+        low, high = (f(c[0].min() if f is max else c[0].max() for c in curves.values()) for f in (max, min))
+        at = np.linspace(low, high, 4001)
+        lines = {method: np.interp(at, *curve) for method, curve in curves.items()}
+        assert high - low > 0.05
+        assert run.effect == pytest.approx((lines["qtale"] - lines["dllm"]).mean(), abs=0.02)
+        assert run.effect == pytest.approx(run.differences.mean())
+
+
+def test_the_same_curve_has_no_difference_to_itself_and_curves_apart_are_not_compared():
+    near, far = np.array([0.5, 0.9, 0.7]), np.array([0.95, 0.92, 0.99])
+    same = effects.equal_ratio_weights(near, near)
+    assert np.allclose(same[0], same[1]) and same[0].sum() == pytest.approx(1)
+    assert np.allclose(same[0], [0.25, 0.25, 0.5], atol=1e-3)  # by the trapezoid rule
+    assert effects.equal_ratio_weights(near, far) is None
+
+
+def test_without_a_sweep_nothing_is_said_at_equal_ratio():
+    words = judged(seeds=[0, 1])
+    assert words["T4 QTALE at equal R, 3 bits, CSQA"] == NOT_RUN
+    words = judged(seeds=[0, 1], theta_sweep=[0.3, 0.1])
+    assert words["T4 QTALE at equal R, 3 bits, CSQA"] != NOT_RUN
+
+
+def test_controls_of_the_noise_are_for_profiles_that_run_it():
+    assert judged(seeds=[0, 1])["C noise regularises, CSQA"] == NOT_RUN
+    accuracy = {("full", 16, "none"): 80.0, ("noisy_full", 16, "zero"): 84.0}
+    methods = ["full", "noisy_full"]
+    words = judged(seeds=[0, 1, 2], accuracy=accuracy, methods=methods)
+    assert words["C noise regularises, CSQA"] == SHOWN
+    assert words["C noise hardens, 3 bits, CSQA"] != SHOWN
+
+
+def test_a_notebooks_verdicts_are_those_of_the_whole_scoreboard():
+    store = Measurements(FakeLab(seeds=[0, 1]))
+    whole = verdicts(store).set_index("id")
+    for notebook in ("05", "07"):
+        part = verdicts(store, notebook).set_index("id")
+        assert len(part) and part.equals(whole.loc[part.index].astype(part.dtypes))
+
+
+def test_the_primary_contrasts_are_the_four_questions_for_accuracy_and_for_perplexity():
+    frame = verdicts(Measurements(FakeLab()))
+    primary = frame[frame.family == "primary"].id.tolist()
+    questions = (
+        "T1 D-LLM loses more, 3 bits", "T1 QTALE loses less, 3 bits", "T4 QTALE at equal R, 3 bits",
+        "T4 θ control, 3 bits",
+    )  # fmt: skip
+    assert primary == [f"{question}, {group}" for question in questions for group in ("CSQA", "Alpaca")]
+
+
+BAD = {
+    "unknown rule": ("dllm 3 argmax: 1", "dllm 3 none: 1"),
+    "unknown bits": ("dllm 3 argmax: 1", "dllm 5 argmax: 1"),
+    "no range": ("      high: 0\n", ""),
+    "unknown key": ("      high: 0\n", "      hihg: 0\n"),
+    "no θ to sweep": ("plus: qtale", "plus: full"),
+    "unknown group": ("groups: [mmlu]", "groups: [mmul]"),
+    "range of no group": ("{csqa: -1, mmlu: -1, alpaca: -5}", "{csqa: -1, mmlu: -1}"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_slip_in_the_statement_is_refused(name):
+    text = contrasts.FILE.read_text(encoding="utf-8")
+    assert BAD[name][0] in text
+    with pytest.raises(ValidationError):
+        contrasts.Statement.model_validate(yaml.safe_load(text.replace(*BAD[name])))
+
+
 def test_probe_effects_use_each_methods_own_layers():
     store = Measurements(FakeLab(tasks=["piqa"]))
     (run,) = effects.probe_runs(store, effects.difference("abs_gap"), ("dllm", "qtale"))
@@ -147,4 +233,4 @@ def test_tally_counts_every_claim():
     frame = verdicts(Measurements(FakeLab()))
     assert sum(tally(frame).values()) == len(CLAIMS) == len(frame)
     assert not any(isnan(value) for value in frame[frame.tasks.notna()].effect)
-    assert set(RULES) == {"full", "dllm", "qtale"}
+    assert set(RULES) == set(METHODS)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from qtale_lib import jobs
 from qtale_lib.config import BITS, CSQA, LABELS, METHODS, TASKS, Profile, load_profile
 from qtale_lib.errors import UserError
 
@@ -56,13 +57,32 @@ def test_shipped_profiles_load_by_name_and_by_path(path):
 def test_tiny_is_the_papers_grid_on_the_embedded_world():
     tiny = load_profile("tiny")
     assert (tiny.base, tiny.data_dir, tiny.extends) == ("microworld", None, None)
-    assert (tiny.tasks, tiny.methods, tiny.bits, tiny.seeds) == (TASKS, METHODS, (16, 4, 3, 2), (0,))
+    assert (tiny.tasks, tiny.bits, tiny.seeds) == (TASKS, (16, 4, 3, 2), (0,))
+    assert tiny.methods == ("full", "dllm", "qtale") == METHODS[:3]
     assert len(TASKS) == 9 and set(TASKS) - set(CSQA) == {"mmlu", "alpaca"}
 
 
 def test_tiny_says_every_setting_since_all_else_extends_it():
     says = yaml.safe_load((ROOT / "qtale_lib/profiles/tiny.yaml").read_text())
     assert set(says) == set(Profile.model_fields) - set(LABELS)
+
+
+def test_tiny_full_is_tiny_over_seeds_and_along_theta_as_its_plan_says():
+    full, tiny = load_profile("tiny-full"), load_profile("tiny")
+    changed = {"name", "extends", "methods", "seeds", "theta_sweep", "limit"}
+    same = [name for name in Profile.model_fields if name not in changed]
+    assert full.extends == "tiny" and full.digest(*same) == tiny.digest(*same)
+    assert full.limit.model_copy(update={"test": tiny.limit.test}) == tiny.limit
+    runs = jobs.runs(full)
+    specs = [spec for run in runs for spec in jobs.evaluation_specs(full, run)]
+    searches = sum(run.routed for run in runs) * len(full.bits)
+    plan = (ROOT / "qtale_lib/profiles/tiny-full.yaml").read_text()
+    for count, what in (
+        (len(runs), "fine-tunings"), (len(jobs.all_jobs(full)) - len(runs), "evaluation jobs"),
+        (len(specs), "evaluations of up to"), (searches, "θ searches"),
+    ):  # fmt: skip
+        assert re.search(rf"\b{count:,}\s+(#\s+)?{what}", plan), (count, what)
+    assert f"{full.limit.test:,} questions" in plan and min(full.theta_sweep) > 0
 
 
 def test_smoke_is_small():
@@ -160,7 +180,8 @@ KEYS = "allowed there are"
         ("tasks: [Piqa]", f'tasks (= "Piqa") {LIST} {ALL_TASKS} (did you mean piqa)'),
         ("tasks: [piqa, piqa]", f'tasks (= ["piqa", "piqa"]) {LIST} {ALL_TASKS}'),
         ("tasks:", f"tasks (= null) {LIST} {ALL_TASKS}"),
-        ("methods: [full, qtail]", f'methods (= "qtail") {LIST} full, dllm, qtale (did you mean qtale)'),
+        ("methods: [full, qtail]",
+         f'methods (= "qtail") {LIST} full, dllm, qtale, noisy_full (did you mean qtale)'),
         ("seeds: []", f"seeds (= []) {SEEDS}"),
         ("seeds: 0", f"seeds (= 0) {SEEDS}"),
         ("seeds: true", f"seeds (= true) {SEEDS}"),
@@ -171,6 +192,8 @@ KEYS = "allowed there are"
         ("max_steps: -3", f"max_steps (= -3) {WHOLE}, or null"),
         ("max_steps: 1.5", f"max_steps (= 1.5) {WHOLE}, or null"),
         ("max_steps: no", f"max_steps (= false) {WHOLE}, or null"),
+        ("theta_sweep: [0.1, 1]",
+         "theta_sweep (= 1) must be a list of numbers above 0 and below 1, none twice; [] for no sweep"),
         ("limit: {train: 0}", f"limit.train (= 0) {WHOLE}, or null"),
         ("limit: 100", "limit (= 100) must be a mapping with the keys train, calibration, test"),
         ("limit: {tests: 5}",
@@ -343,7 +366,14 @@ def changed(value):
 @pytest.mark.parametrize("section", [s for s in Profile.model_fields if s not in LABELS])
 def test_digest_sees_every_section_and_a_stages_only_its_own(section, tmp_path):
     tiny = load_profile("tiny")
-    new = {"revision": "abc", "data_dir": str(tmp_path), "group_size": 64, "max_steps": 7, "max_length": 77}
+    new = {
+        "revision": "abc",
+        "data_dir": str(tmp_path),
+        "group_size": 64,
+        "max_steps": 7,
+        "max_length": 77,
+        "theta_sweep": [0.1],
+    }
     profile = load_profile(
         "tiny", **{section: new.get(section) or changed(tiny.model_dump(mode="json")[section])}
     )

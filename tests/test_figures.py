@@ -20,6 +20,7 @@ from qtale_lib.measurements import Measurements
 STORE = Measurements(FakeLab(tasks=["arc_easy", "siqa"]))
 BENCH = made_up(prefill=(32, 512, 2048), decode=(1, 4, 16))
 LOW = STORE.lowest_layers("arc_easy")
+SEEDS = Measurements(FakeLab(tasks=["arc_easy"], seeds=[0, 1, 2]))
 DRAWN = {
     "figure_1": (figures.overview, lambda: overview.frame(STORE)),
     "figure_2": (figures.heatmaps, lambda: STORE.ratios_by_layer("dllm")),
@@ -38,6 +39,9 @@ VARIANTS = {
     "one pass": lambda: benchmark_figures.latency(benchmark_report.latency_frame(made_up(decode=()))),
     "no packed model": lambda: benchmark_figures.memory(benchmark_report.memory_frame(made_up(memory=None))),
     "one task": lambda: figures.heatmaps(STORE.ratios_by_layer("dllm").query("task == 'siqa'")),
+    "ratios of several seeds": lambda: figures.ratios_and_flips(SEEDS.lowest_by_epoch("dllm")),
+    "flips of several seeds": lambda: figures.flips_compared(SEEDS.lowest_by_epoch("dllm", "qtale")),
+    "logits of several seeds": lambda: figures.logit_histograms(SEEDS.histograms("dllm")),
     "no data": figures.empty,
     "32 layers": lambda: figures.overview(layers(32)),
     "all groups": lambda: figures.theta_curves(MANY.assign(stderr=0.5)),
@@ -182,6 +186,32 @@ def test_histograms_show_the_frames_shares():
     values, edges, _ = axis.patches[0].get_data()
     assert np.allclose(values, 100 * first["count"] / first["count"].sum())
     assert np.allclose(edges, [*first.left, first.right.iloc[-1]])
+
+
+def test_bands_show_the_spread_over_seeds_and_one_seed_has_none():
+    data = SEEDS.lowest_by_epoch("dllm")
+    ratio, flips = figures.ratios_and_flips(data).axes
+    layer = data[data.layer == sorted(data.layer.unique())[1]]
+    for axis, name in ((ratio, "ratio"), (flips, "flip")):
+        drawn_at = axis.collections[1].get_paths()[0].vertices[:, 1]
+        low, high = (100 * (layer[name] + sign * layer[f"{name}_spread"]) for sign in (-1, 1))
+        assert (drawn_at.min(), drawn_at.max()) == pytest.approx((max(low.min(), 0), min(high.max(), 100)))
+    said = [text.get_text() for text in figures.ratios_and_flips(data).legends[0].get_texts()]
+    assert said.count(figures.SEED_BAND) == 1
+    for draw, methods in ((figures.ratios_and_flips, ["dllm"]), (figures.flips_compared, ["dllm", "qtale"])):
+        figure = draw(STORE.lowest_by_epoch(*methods))
+        assert not any(axis.collections for axis in figure.axes)
+        assert figures.SEED_BAND not in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_histograms_of_several_seeds_have_bands_from_the_lowest_to_the_highest():
+    data = SEEDS.histograms("qtale")
+    axis = figures.logit_histograms(data).axes[0]
+    part = data[(data.layer == data.layer.min()) & (data.epoch == 0) & (data.kind == "execute")]
+    pooled, band = (patch.get_data() for patch in axis.patches[:2])
+    assert np.allclose(band.values, part.high) and np.allclose(band.baseline, part.low)
+    assert (pooled.values >= band.baseline - 1e-9).all() and (pooled.values <= band.values + 1e-9).all()
+    assert len(figures.logit_histograms(STORE.histograms("qtale")).axes[0].patches) == 2
 
 
 @pytest.mark.parametrize(

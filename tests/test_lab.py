@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from pool_work import compute_everything, compute_slowly, die, fail, hold, note, refuse, run_here
 from small_run import llama, profile, save_base
 
-from qtale_lib import jobs, pool
+from qtale_lib import jobs, pool, stages
 from qtale_lib import lab as lab_module
+from qtale_lib.adaptive import routing_state
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run
 from qtale_lib.lab import Lab
@@ -222,8 +223,17 @@ def test_notebooks_need_what_they_show():
         assert {(job.run.task, job.run.method, job.bits) for job in jobs.needs(chosen, number)} == {
             (task, method, None) for task in ("arc_easy", "siqa") for method in ("dllm", "qtale")
         }
-    assert {job.bits for job in jobs.needs(chosen, "07")} == {None, 16, 4}
+    assert {job.bits for job in jobs.needs(chosen, "07")} == {None, 16, 4, 3}
     assert {job.run.method for job in jobs.needs(chosen, "07")} == {"dllm", "qtale"}
+
+
+def test_a_sweep_adds_evaluations_of_routed_models_to_their_jobs_and_no_job():
+    plain, swept = profile(), profile(theta_sweep=[0.5, 0.25, 1e-4])
+    assert jobs.all_jobs(swept) == jobs.all_jobs(plain)
+    assert jobs.rules(swept, "full") == jobs.rules(plain, "full") == ("none",)
+    assert jobs.rules(swept, "qtale") == (*jobs.rules(plain, "qtale"), "0.25", "0.0001")  # 0.5 is arg max
+    named = ("none", "argmax", "zero", "0.25", "0.0001")
+    assert [jobs.fixed_theta(rule) for rule in named] == [None, 0.5, 0.0, 0.25, 1e-4]
 
 
 def test_a_profile_without_the_papers_tasks_shows_what_it_has():
@@ -256,16 +266,17 @@ EVALUATED = {**FINETUNED, "bits": 4, "theta": "searched"}
     ("changes", "changed"),
     [
         ({"seeds": 3}, ""),
+        ({"theta_sweep": [0.1]}, ""),
         ({"bits": [16, 4, 3]}, ""),
         ({"tasks": ["arc_easy", "siqa"]}, ""),
         ({"training": {"eval_batch_size": 5}}, ""),
         ({"training": {"lambda2": 0.5}}, "qtale"),
         ({"training": {"lambda1": 3}}, "qtale dllm"),
         ({"probes": {"samples": 3}}, "qtale dllm"),
-        ({"routing": {"hidden": 4}}, "qtale dllm"),
-        ({"lora": {"r": 4}}, "qtale dllm full"),
-        ({"max_steps": 5}, "qtale dllm full"),
-        ({"limit": {"train": 20}}, "qtale dllm full four"),
+        ({"routing": {"hidden": 4}}, "qtale dllm noisy"),
+        ({"lora": {"r": 4}}, "qtale dllm full noisy"),
+        ({"max_steps": 5}, "qtale dllm full noisy"),
+        ({"limit": {"train": 20}}, "qtale dllm full noisy four"),
         ({"limit": {"test": 5}}, "four sixteen"),
         ({"group_size": 16}, "four threshold"),
         ({"quantization": {"method": "rtn"}}, "four threshold"),
@@ -278,6 +289,7 @@ def test_a_setting_changes_the_keys_of_what_depends_on_it(tmp_path, base, change
         "qtale": ("finetune", FINETUNED),
         "dllm": ("finetune", {**FINETUNED, "method": "dllm"}),
         "full": ("finetune", {**FINETUNED, "method": "full"}),
+        "noisy": ("finetune", {**FINETUNED, "method": "noisy_full"}),
         "threshold": ("threshold", {**FINETUNED, "bits": 4}),
         "four": ("evaluation", EVALUATED),
         "sixteen": ("evaluation", {**EVALUATED, "bits": 16, "theta": "argmax"}),
@@ -429,6 +441,24 @@ def test_what_is_forgotten_is_computed_again_and_nothing_else(computed, in_proce
     outcomes = lab.compute(jobs.all_jobs(lab.profile))
     assert [outcome.name for outcome in outcomes] == ["evaluate arc_easy.qtale.s0 at 4 bit"]
     assert there() == before
+
+
+def test_noisy_full_runs_every_layer_where_it_is_quantized_and_evaluated(
+    tmp_path, base, in_process, monkeypatch
+):
+    thetas = []
+
+    def quantize(model, *arguments, **settings):
+        thetas.append(routing_state(model).theta)
+        return original(model, *arguments, **settings)
+
+    original = stages.quantize
+    monkeypatch.setattr(stages, "quantize", quantize)
+    lab = Lab(profile(base, tasks=["arc_easy"], methods=["noisy_full"], bits=[4]), tmp_path)
+    assert {outcome.status for outcome in lab.compute(jobs.all_jobs(lab.profile))} == {"done"}
+    (row,) = lab.evaluations().itertuples()
+    assert thetas == [0.0] and (row.theta_rule, row.theta, row.execution_ratio) == ("zero", 0.0, 1.0)
+    assert lab.thresholds().empty and lab.probes("arc_easy", "noisy_full", 0) == []
 
 
 def test_a_further_seed_computes_only_itself(computed, in_process):

@@ -32,9 +32,20 @@ def test_answers_average_to_the_stored_metric():
     assert len(answers) == len(frame) == 2 * 7
     for cell, answer in answers.items():
         row = frame.loc[cell]
-        stored = 100 * row.acc if row.metric == "acc" else 100 * np.log(row.ppl)
+        stored = 100 * row.expected_acc if row.metric == "acc" else 100 * np.log(row.ppl)
         assert answer.mean == pytest.approx(stored)
         assert len(set(answer.clusters)) == lab.questions // 2
+
+
+def test_where_the_choices_are_all_there_is_right_or_wrong_is_the_score():
+    lab = FakeLab(tasks=["boolq", "piqa"], bits=[4], methods=["full"])
+    answers = Measurements(lab).answers
+    fixed, drawn = (answers[task, "full", 0, 4, "none"] for task in ("boolq", "piqa"))
+    assert set(fixed.scores) == {0.0, 100.0} and len(set(drawn.scores)) > 10
+    value = lab.result("evaluation", task="boolq", method="full", seed=0, bits=4, theta="none")["value"]
+    assert fixed.mean == pytest.approx(100 * value["acc"])
+    del value["expected_correct"]  # results from before it was measured
+    assert Measurements(lab).answers["boolq", "full", 0, 4, "none"].mean == fixed.mean
 
 
 def test_lowest_layers_are_those_of_the_last_epoch():
@@ -58,6 +69,31 @@ def test_histograms_hold_the_probes_counts():
     assert sorted(frame.epoch.unique()) == [0, 3, 6, 10] and sorted(frame.layer.unique()) == layers
     chosen = frame[(frame.epoch == 6) & (frame.layer == layers[1]) & (frame.kind == "bypass")]
     assert chosen["count"].tolist() == lab.probes("piqa", "qtale", 0)[6]["histogram"]["bypass"][layers[1]]
+
+
+def test_all_seeds_are_in_the_histograms_with_their_range():
+    lab = FakeLab(tasks=["piqa"], seeds=[0, 1, 2])
+    store = Measurements(lab)
+    layer = store.lowest_layers("piqa")[1]
+    counts = [lab.probes("piqa", "dllm", s)[-1]["histogram"]["execute"][layer] for s in range(3)]
+    gaps = [lab.probes("piqa", "dllm", s)[-1]["gap"][layer] for s in range(3)]
+    frame = store.histograms("dllm")
+    part = frame[(frame.epoch == 10) & (frame.layer == layer) & (frame.kind == "execute")]
+    assert part["count"].tolist() == np.sum(counts, axis=0).tolist()
+    shares = 100 * np.array(counts) / np.sum(counts, axis=1, keepdims=True)
+    assert np.allclose(part.low, shares.min(0)) and np.allclose(part.high, shares.max(0))
+    assert np.allclose(part.gap, np.mean(gaps)) and np.allclose(part.gap_spread, np.std(gaps, ddof=1))
+    one = Measurements(FakeLab(tasks=["piqa"])).histograms("dllm")
+    assert one[["low", "high", "gap_spread"]].isna().all(axis=None)
+
+
+def test_means_over_seeds_come_with_their_spread():
+    lab = FakeLab(tasks=["piqa"], seeds=[0, 1])
+    frame = Measurements(lab).lowest_by_epoch("dllm").set_index(["layer", "epoch"])
+    layer = frame.index[0][0]
+    flips = [lab.probes("piqa", "dllm", seed)[3]["flip"][layer] for seed in (0, 1)]
+    row = frame.loc[layer, 3]
+    assert (row.flip, row.flip_spread) == pytest.approx((np.mean(flips), np.std(flips, ddof=1)))
 
 
 def test_figure_2_holds_the_papers_tasks_in_its_order_and_means_over_seeds():

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from math import inf, sqrt
+from math import inf, isnan, nan, sqrt
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from qtale_lib.statistics import (
+    LEVEL,
+    NOT_RUN,
     NOT_SHOWN,
     NOT_TESTABLE,
     SHOWN,
+    Case,
+    Judgement,
     Run,
+    assumed_effect,
     bootstrap_variance,
     estimate,
-    verdict,
+    holm,
+    judge,
+    p_value,
+    power_at,
+    seeds_needed,
 )
 
 TASKS = ("a", "b", "c", "d", "e", "f", "g")
@@ -30,6 +39,16 @@ def trials(rng, mean=0.0, tasks=TASKS, seeds=1, questions=80, trial_sd=1.5, ques
             values = mean + rng.normal(0, trial_sd) + shared + rng.normal(0, question_sd / 2, questions)
             runs.append(Run(task, seed, float(values.mean()), values, np.arange(questions) // 2))
     return runs
+
+
+def alone(measured, low=0.0, high=inf, paper=None, smallest=1.0) -> Judgement:
+    """The judgement of a claim that is a family of its own."""
+    (judged,) = judge([Case(measured, low, high, assumed_effect(low, high, paper, smallest))])
+    return judged
+
+
+def word(measured, *arguments, **options) -> str:
+    return alone(measured, *arguments, **options).verdict.word
 
 
 def test_one_seed_over_tasks_is_the_t_interval_over_tasks():
@@ -71,56 +90,147 @@ def test_questions_that_share_a_fact_do_not_count_as_independent():
 def test_a_null_effect_is_seldom_shown(tasks, seeds):
     rng, repeats = np.random.default_rng(1), 400
     measured = [estimate(trials(rng, tasks=tasks, seeds=seeds)) for _ in range(repeats)]
-    shown = sum(verdict(m, 0, inf, paper=1.0).word == SHOWN for m in measured)
+    shown = sum(word(m, paper=1.0) == SHOWN for m in measured)
     assert shown / repeats <= 0.05  # 2.5 % is meant
     assert np.mean([m.low <= 0 <= m.high for m in measured]) >= 0.93
 
 
+@pytest.mark.parametrize(
+    ("tasks", "seeds", "trial_sd", "question_sd"),
+    [(TASKS, 5, 1.5, 8.0), (TASKS[:4], 3, 1.5, 8.0), (TASKS[:1], 5, 2.0, 0.0), (TASKS[:4], 1, 1.5, 8.0)],
+)
+def test_the_interval_covers_a_true_effect_95_times_in_100(tasks, seeds, trial_sd, question_sd):
+    """Within twice the standard error of 500 repeats, and 2 points more where both errors are counted."""
+    rng, repeats = np.random.default_rng(5), 500
+    settings = {"mean": 3.0, "tasks": tasks, "seeds": seeds, "trial_sd": trial_sd}
+    measured = [estimate(trials(rng, question_sd=question_sd, **settings)) for _ in range(repeats)]
+    assert 0.93 <= np.mean([m.low <= 3.0 <= m.high for m in measured]) <= 0.99
+
+
 def test_a_large_effect_is_shown_and_its_opposite_is_not():
     measured = estimate(trials(np.random.default_rng(2), mean=10.0))
-    assert verdict(measured, 0, inf, paper=1.0).word == SHOWN
-    assert verdict(measured, -inf, 0, paper=-1.0).word == NOT_SHOWN
+    assert word(measured, paper=1.0) == SHOWN
+    assert word(measured, -inf, 0.0, paper=-1.0) == NOT_SHOWN
 
 
-def test_detectable_effect_is_found_with_the_stated_power():
-    rng, repeats = np.random.default_rng(3), 300
-    size = np.mean([estimate(trials(rng)).detectable for _ in range(repeats)])
-    found = [verdict(estimate(trials(rng, mean=size)), 0, inf).word == SHOWN for _ in range(repeats)]
-    assert 0.70 <= np.mean(found) <= 0.93
+def test_p_is_that_of_a_t_test_and_agrees_with_the_interval():
+    effects = (1.0, 2.0, 4.0, 3.0)
+    measured = estimate([Run(task, 0, effect) for task, effect in zip("abcd", effects, strict=True)])
+    assert p_value(measured, 0, inf) == pytest.approx(stats.ttest_1samp(effects, 0).pvalue)
+    assert p_value(measured, measured.low, inf) == pytest.approx(LEVEL)
+    assert p_value(measured, -inf, measured.high) == pytest.approx(LEVEL)
+    assert p_value(measured, measured.low, measured.high + 1) == pytest.approx(LEVEL)
+    assert p_value(measured, 5, inf) == 1.0
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, nan, 0.03, 0.005]) == pytest.approx([0.03, 0.06, nan, 0.06, 0.02], nan_ok=True)
+    assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_a_family_of_null_effects_seldom_has_a_single_claim_shown():
+    """Uncorrected, at least one of ten is in 1 − 0.975¹⁰ = 22 % of the families."""
+    rng, repeats = np.random.default_rng(6), 200
+    raw = corrected = 0
+    for _ in range(repeats):
+        cases = [
+            Case(estimate([Run("a", s, e) for s, e in enumerate(rng.normal(size=4))]), 0.0, inf, 1.0)
+            for _ in range(10)
+        ]
+        judged = judge(cases)
+        raw += any(j.p < LEVEL for j in judged)
+        corrected += any(j.verdict.word == SHOWN for j in judged)
+    assert raw / repeats > 0.15 and corrected / repeats < 0.05
+
+
+def test_what_only_the_uncorrected_interval_shows_is_not_shown():
+    measured = estimate([Run("a", s, e) for s, e in enumerate((1.0, 1.6, 0.5, 1.2))])
+    assert word(measured) == SHOWN
+    unclear, clear, _ = judge([Case(measured, 0.0, inf, assumed) for assumed in (0.5, 9.0, 9.0)])
+    assert unclear.p < LEVEL < unclear.corrected == pytest.approx(3 * unclear.p)
+    assert unclear.verdict.word == NOT_TESTABLE and unclear.power < 0.8
+    assert clear.verdict.word == NOT_SHOWN and clear.power > 0.8
+    assert "correction" in clear.verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("effect", "low", "high", "seeds"),
+    [(1.0, 0.0, inf, 3), (1.0, 0.0, inf, 8), (-1.5, -inf, 0.0, 5), (0.2, -1.5, 1.5, 10), (0.0, 0.0, inf, 5)],
+)
+def test_power_is_the_rate_at_which_the_claim_is_shown(effect, low, high, seeds):
+    """Against draws of the runs; for two ends the formula is a lower bound, close where it is high."""
+    rng, repeats = np.random.default_rng(7), 1500
+    draws = rng.normal(effect, 1.0, (repeats, seeds))
+    measured = [estimate([Run("a", s, e) for s, e in enumerate(row)]) for row in draws]
+    found = np.mean([p_value(m, low, high) < LEVEL for m in measured])
+    expected = power_at(effect, low, high, 1 / sqrt(seeds), seeds - 1, LEVEL)
+    assert found == pytest.approx(expected, abs=0.035)
+
+
+def test_the_whole_chains_power_is_its_rate_of_shown():
+    """Tasks, seeds, questions on shared facts; spreads estimated from each run, as in use."""
+    rng, repeats, settings = np.random.default_rng(8), 250, {"mean": 1.6, "tasks": TASKS[:3], "seeds": 4}
+    judged = [alone(estimate(trials(rng, question_sd=6.0, **settings)), smallest=1.6) for _ in range(repeats)]
+    found = np.mean([j.verdict.word == SHOWN for j in judged])
+    assert found == pytest.approx(np.median([j.power for j in judged]), abs=0.1)
+
+
+def test_the_seeds_named_give_the_power_and_fewer_do_not():
+    pilot = estimate([Run("a", s, e) for s, e in enumerate((-0.7, 1.3, -0.7, 1.3, 0.3))])
+    case = Case(pilot, 0.0, inf, 0.7)  # spread over seeds: 1.0
+    seeds = int(seeds_needed(case))
+    rng, rates = np.random.default_rng(9), []
+    for count in (seeds, seeds - 3):
+        rows = rng.normal(0.7, 1.0, (2000, count))
+        p = stats.ttest_1samp(rows, 0, axis=1, alternative="greater").pvalue
+        rates.append(np.mean(p < LEVEL / 2))
+    assert rates[0] == pytest.approx(0.80, abs=0.03) and rates[1] < rates[0] - 0.03
+    assert seeds_needed(case, LEVEL / 10) > seeds
+
+
+def test_seeds_cannot_make_up_for_too_few_questions():
+    rng = np.random.default_rng(10)
+    few = estimate(trials(rng, tasks=("a",), seeds=4, questions=40, trial_sd=0.1))
+    many = estimate(trials(rng, tasks=("a",), seeds=4, question_sd=0.1, trial_sd=2.0))
+    assert seeds_needed(Case(few, 0.0, inf, 1.0)) == inf
+    assert 20 < seeds_needed(Case(many, 0.0, inf, 1.0)) < 200  # (2.8 x 2.0 / 1.0)² = 31, spread as drawn
 
 
 def test_a_single_number_has_no_interval():
     measured = estimate([Run("a", 0, 3.0)])
-    assert measured.effect == 3.0 and np.isnan([measured.low, measured.high, measured.detectable]).all()
-    assert verdict(measured, 0, inf).word == NOT_TESTABLE
+    assert measured.effect == 3.0 and np.isnan([measured.low, measured.high]).all()
+    judged = alone(measured)
+    assert judged.verdict.word == NOT_TESTABLE and judged.power == 0
+    assert np.isnan([judged.p, judged.corrected, judged.seeds_needed]).all()
 
 
 def test_one_fine_tuning_is_never_evidence_about_a_method():
     runs = trials(np.random.default_rng(4), mean=30.0, tasks=("a",))
-    decided = verdict(estimate(runs), 0, inf, paper=1.0)
+    decided = alone(estimate(runs), paper=1.0).verdict
     assert decided.word == NOT_TESTABLE and "fine-tunings" in decided.reason
 
 
 def test_too_small_an_effect_to_detect_is_not_testable_and_a_detectable_one_is_not_shown():
     measured = estimate([Run(t, 0, e) for t, e in zip(TASKS, (-3, 3, -2, 2, -1, 1, 0.1), strict=True)])
-    assert verdict(measured, 0, inf, paper=0.5).word == NOT_TESTABLE
-    assert verdict(measured, 0, inf, paper=50.0).word == NOT_SHOWN
-    assert verdict(measured, 0, inf, paper=None).word == NOT_SHOWN
+    assert word(measured, paper=0.5) == NOT_TESTABLE and alone(measured, paper=0.5).power < 0.8
+    assert word(measured, paper=50.0) == NOT_SHOWN and alone(measured, paper=50.0).power > 0.8
+    assert word(measured, smallest=0.5) == NOT_TESTABLE  # where the paper prints none, or one out of range
+    assert word(measured, smallest=50.0) == word(measured, paper=-1.0, smallest=50.0) == NOT_SHOWN
 
 
 def test_a_range_with_two_ends():
     measured = estimate([Run(t, 0, e) for t, e in zip("abcd", (1.0, 1.1, 0.9, 1.0), strict=True)])
-    assert verdict(measured, -2, 2).word == SHOWN
-    assert verdict(measured, -2, 1).word == NOT_SHOWN
+    assert word(measured, -2, 2) == SHOWN
+    assert word(measured, -2, 1) == NOT_SHOWN
 
 
 def test_identical_answers_are_no_gain():
     same = np.zeros(50)
     measured = estimate([Run(task, 0, 0.0, same, np.arange(50)) for task in TASKS])
     assert (measured.low, measured.high) == (0.0, 0.0)
-    assert verdict(measured, 0, inf, paper=1.0).word == NOT_SHOWN
+    assert word(measured, paper=1.0) == NOT_SHOWN
 
 
 def test_nothing_run_is_said():
     assert estimate([]) is None
-    assert verdict(None, 0, inf).reason == "not run in this profile"
+    assert alone(None).verdict.word == NOT_RUN and isnan(alone(None).power)

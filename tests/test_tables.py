@@ -10,8 +10,21 @@ import numpy as np
 import pandas as pd
 import pytest
 from fake_lab import FakeLab
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 
-from qtale_lib import claims, efficiency, efficiency_tables, layer_tables, paper, results, tables
+from qtale_lib import (
+    ablation_tables,
+    claims,
+    effects,
+    efficiency,
+    efficiency_tables,
+    layer_tables,
+    paper,
+    results,
+    tables,
+)
 from qtale_lib.config import load_profile
 from qtale_lib.measurements import Measurements
 from qtale_lib.store import write_json
@@ -27,8 +40,9 @@ BUILDERS = {
     "changes": results.changes_table,
     "metrics": results.metrics_table,
     "rows": results.rows_table,
-    "ablation": results.ablation_table,
-    "ablation beside": results.ablation_beside_paper,
+    "ablation": ablation_tables.ablation_table,
+    "sweep": ablation_tables.sweep_table,
+    "ablation beside": ablation_tables.ablation_beside_paper,
     "arithmetic": lambda store: results.arithmetic_table(),
     "efficiency": efficiency_tables.efficiency_table,
     "efficiency beside": efficiency_tables.efficiency_beside_paper,
@@ -37,6 +51,7 @@ BUILDERS = {
     "relative": lambda store: efficiency_tables.relative_table(),
     "noise": lambda store: layer_tables.noise_table(),
     "lowest": layer_tables.lowest_table,
+    "unevenness": layer_tables.unevenness_table,
     "gaps": layer_tables.gaps_table,
     "flips": layer_tables.flips_table,
     "claims": lambda store: results.verdict_table(claims.verdicts(store, "07")),
@@ -138,7 +153,7 @@ def test_what_was_not_run_is_said():
     beside = results.accuracy_beside_paper(store, "table1")
     assert beside.text["PIQA"].tolist()[0] == f"83.73 ({NOT_RUN})"
     assert set(
-        results.ablation_table(Measurements(FakeLab(methods=["full"], **SMALL))).text["CSQA acc."]
+        ablation_tables.ablation_table(Measurements(FakeLab(methods=["full"], **SMALL))).text["CSQA acc."]
     ) == {NOT_RUN}
 
 
@@ -153,7 +168,9 @@ def test_changes_are_from_the_methods_own_16_bits():
 
 
 def test_ablation_pairs_entropy_with_the_method_and_theta_with_the_rule():
-    held = results.ablation_cells(STORE, [4, 16]).set_index(["bits", "entropy_loss", "theta", "group"])
+    held = ablation_tables.ablation_cells(STORE, [4, 16]).set_index(
+        ["bits", "entropy_loss", "theta", "group"]
+    )
     raw = STORE.evaluations.set_index(["task", "method", "bits", "theta_rule"])
     for (bits, entropy, theta), (method, rule) in {
         (4, "no", "0.5"): ("dllm", "argmax"),
@@ -163,6 +180,22 @@ def test_ablation_pairs_entropy_with_the_method_and_theta_with_the_rule():
         cell, row = held.loc[bits, entropy, theta, "mmlu"], raw.loc["mmlu", method, bits, rule]
         assert cell.value == pytest.approx(100 * row.acc)
         assert cell.execution_ratio == pytest.approx(row.execution_ratio) and cell.theta_value == row.theta
+
+
+def test_the_sweep_is_of_means_over_tasks_and_seeds():
+    store = Measurements(FakeLab(tasks=["piqa", "siqa", "alpaca"], theta_sweep=[0.1], seeds=[0, 1], bits=[3]))
+    table = ablation_tables.sweep_table(store)
+    assert set(table.frame.theta) == {0.5, 0.1} and len(table.frame) == len(table.text) == 2 * 2 * 2
+    held = table.frame.set_index(["method", "group", "theta"])
+    seeds = [
+        np.mean([store.answers[task, "qtale", seed, 3, "0.1"].mean for task in ("piqa", "siqa")])
+        for seed in (0, 1)
+    ]
+    assert held.score["qtale", "csqa", 0.1] == pytest.approx(np.mean(seeds))
+    assert held.score_spread["qtale", "csqa", 0.1] == pytest.approx(np.std(seeds, ddof=1))
+    nll = [store.answers["alpaca", "dllm", seed, 3, "argmax"].mean / 100 for seed in (0, 1)]
+    assert held.score["dllm", "alpaca", 0.5] == pytest.approx(np.exp(nll).mean())
+    assert ablation_tables.sweep_table(STORE).frame.empty
 
 
 def test_flops_are_the_layers_times_the_measured_ratio():
@@ -183,6 +216,33 @@ def test_flips_table_holds_measured_and_closed_form():
     frame = layer_tables.flips_table(STORE).frame
     assert np.allclose(frame.difference, frame.flip - frame.flip_expected)
     assert sorted(frame.epoch.unique()) == [0, 3, 6, 10] and set(frame.method) == {"dllm", "qtale"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 1000), min_size=2, max_size=12).filter(any))
+def test_gini_and_entropy_are_those_of_their_textbook_definitions(executed):
+    values = np.array(executed) / 1000
+    pairs = np.abs(values[:, None] - values[None]).mean()  # half the mean difference of pairs over the mean
+    assert effects.gini(values) == pytest.approx(pairs / (2 * values.mean()), abs=1e-9)
+    assert effects.evenness(values) == pytest.approx(stats.entropy(values) / np.log(len(values)), abs=1e-9)
+
+
+def test_even_layers_and_a_single_layer_are_the_ends_of_both_measures():
+    for ratios, ends in (([0.4] * 5, (0.0, 1.0)), ([0, 0, 1.0, 0], (0.75, 0.0)), ([0.0] * 3, (0.0, 1.0))):
+        assert (effects.gini(np.array(ratios)), effects.evenness(np.array(ratios))) == pytest.approx(ends)
+
+
+def test_unevenness_is_per_method_over_fine_tunings_and_dllm_is_less_even_in_the_made_up_lab():
+    store = Measurements(FakeLab(tasks=["piqa", "siqa", "mmlu"], seeds=[0, 1]))
+    held = layer_tables.unevenness_table(store).frame.set_index(["measure", "method"])
+    final = store.layers[(store.layers.epoch == 10) & store.layers.routed_ratio.notna()]
+    final = final[final.task.isin(["piqa", "siqa"])]
+    each = final[final.method == "dllm"].groupby(["task", "seed"]).routed_ratio
+    row = held.loc["Gini coefficient", "D-LLM"]
+    assert row.effect == pytest.approx(each.apply(lambda r: effects.gini(r.to_numpy())).mean())
+    assert row.low < row.effect < row.high and (row.tasks, row.seeds) == (2, 2)
+    difference = held.loc["Gini coefficient", "QTALE − D-LLM"].effect
+    assert difference == pytest.approx(held.effect["Gini coefficient", "QTALE"] - row.effect)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +285,84 @@ def test_reference_run_beside(tmp_path):
     )
     beside = tables.beside_reference(table, lab, tmp_path).frame
     assert beside[["task", "here", "reference", "difference"]].values.tolist() == [["piqa", 80.0, 81.0, -1.0]]
+
+
+@pytest.fixture
+def full(tmp_path):
+    """Write results/reference/tiny-full with two rows; returns a table of the same kind and the root."""
+
+    def write(seeds=(0, 1, 2, 3), extends="tiny", base="a", **changes):
+        folder = tmp_path / "results" / "reference" / "tiny-full"
+        frame = pd.DataFrame({"task": ["piqa", "mmlu"], "value": [80.0, 70.0], "sampling": [0.1, 0.1],
+                              "spread": [2.0, 0.0], "R": [0.5, 0.6], "R_spread": [0.02, 0.01]})  # fmt: skip
+        tables.save(tables.of_numbers("t", "T", frame, ("task",)), folder / "tables")
+        settings = {"name": "tiny-full", "extends": extends, "seeds": list(seeds), "theta_sweep": [0.1]}
+        profile = load_profile("tiny", **changes).model_dump(mode="json") | settings
+        write_json(folder / "provenance.json", {"profile": profile, "base": {"sha256": base}})
+        here = frame.assign(value=[83.0, 71.0], sampling=[1.0, 0.5], R=[0.47, 0.6], spread=np.nan)
+        return tables.of_numbers("t", "T", here, ("task",))
+
+    return write
+
+
+def test_a_number_is_placed_among_the_seeds_of_the_full_run(full, tmp_path):
+    beside = tables.beside_reference(full(), reader(), tmp_path)
+    held = beside.frame.set_index(["task", "column"])
+    row = held.loc["piqa", "value"]
+    assert (row.here, row["tiny-full"], row["tiny-full spread"]) == (83.0, 80.0, 2.0)
+    assert row.z == pytest.approx(3 / np.sqrt(2.0**2 * 5 / 4 + 1.0**2))
+    assert held.z["mmlu", "value"] == pytest.approx(1 / 0.5)  # no spread over seeds: sampling error alone
+    assert held.z["piqa", "R"] == pytest.approx(-0.03 / (0.02 * np.sqrt(5 / 4)))  # no sampling error known
+    assert "4 seeds" in beside.notes[1] and "No reference run of profile tiny " in beside.notes[0]
+    assert beside.text.z.tolist()[0] == "1.225"
+
+
+def test_the_full_run_stands_beside_the_reference_of_the_same_profile(full, tmp_path):
+    table = full()
+    tables.save(
+        tables.of_numbers("t", "T", table.frame.assign(value=[81.0, 70.0]), ("task",)),
+        tmp_path / "results" / "reference" / "tiny" / "tables",
+    )
+    row = tables.beside_reference(table, reader(), tmp_path).frame.set_index(["task", "column"])
+    assert row.loc["piqa", "value"][["here", "reference", "difference", "tiny-full"]].tolist() == [
+        83,
+        81,
+        2,
+        80,
+    ]
+    assert np.isnan(row.z["piqa", "sampling"])
+
+
+@pytest.mark.parametrize("other", [{"seeds": (0,)}, {"extends": "smoke"}])
+def test_without_a_family_of_several_seeds_nothing_is_said_of_one(full, tmp_path, other):
+    beside = tables.beside_reference(full(**other), reader(), tmp_path)
+    assert len(beside.notes) == 1 and beside.frame.empty and "tiny-full" not in str(beside.notes)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"), [({"base": "b"}, "base"), ({"training": {"lr": 0.5}}, "training.lr")]
+)
+def test_a_full_run_on_another_base_or_by_another_recipe_gives_no_z(full, tmp_path, other, said):
+    beside = tables.beside_reference(full(**other), reader(), tmp_path)
+    assert beside.frame.z.isna().all() and f"differs in {said}: z does not apply" in beside.notes[1]
+
+
+def test_every_table_with_a_reference_has_spreads_over_seeds():
+    store = Measurements(
+        FakeLab(tasks=["arc_easy", "siqa", "alpaca"], bits=[16, 4], seeds=[0, 1], questions=60)
+    )
+    made = {
+        "table_1_2": (results.accuracy_table(store), ["value"]),
+        "table_3": (efficiency_tables.efficiency_table(store), ["R"]),
+        "table_4": (ablation_tables.ablation_table(store), ["value", "execution_ratio", "theta_value"]),
+        "figure_2": (layer_tables.lowest_table(store), ["ratio", "of_tokens_routed", "mean_ratio"]),
+        "figures_5_6": (layer_tables.gaps_table(store), ["gap", "abs_gap"]),
+        "figures_3_7": (layer_tables.flips_table(store), ["ratio", "flip"]),
+        "claims": (results.verdict_table(claims.verdicts(store)), ["effect"]),
+    }
+    for name, (table, columns) in made.items():
+        for column in columns:
+            assert table.frame[tables.spread_of(column)].notna().any(), (name, column)
 
 
 def reader(sha256: str = "a", **overrides: Any) -> SimpleNamespace:

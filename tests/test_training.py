@@ -85,6 +85,38 @@ def test_lora_starts_equal_for_all_methods_of_a_seed_and_leaves_the_base_as_it_i
     assert any(not torch.equal(full[name], other[name]) for name in LORA)
 
 
+def test_noisy_full_has_the_noise_of_the_start_for_every_token_and_trains_lora_alone(tmp_path):
+    trainer = trained(tmp_path, "noisy_full", data=rows(24), training={"batch_size": 8})
+    model = trainer.model
+    assert trainable(model) == LORA
+    before = {name: p.clone() for name, p in model.named_parameters() if ".router." in name}
+    trainer.train()
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
+    with adaptive.record_routes(model.train()) as routes:
+        model(torch.randint(60, (100, 42), generator=torch.Generator().manual_seed(0)))
+    gaps = routes.logits[2:, ..., 0] - routes.logits[2:, ..., 1]
+    assert torch.allclose(gaps, torch.tensor(1.9))
+    bypassed = 1 - routes.gates[2:, :, 2:].mean()  # 8,000 decisions: standard error 0.4 %
+    assert bypassed.item() == pytest.approx(1 / (1 + math.exp(1.9)), abs=0.015)
+
+
+def test_noisy_full_learns_from_cross_entropy_alone(tmp_path):
+    trainer = trained(tmp_path, "noisy_full", max_steps=4, training={"lambda1": 50.0, "lambda2": 50.0})
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "ce" in entry]
+    assert [entry["loss"] for entry in history] == pytest.approx([entry["ce"] for entry in history], abs=1e-5)
+
+
+def test_noisy_full_with_every_layer_executed_is_a_model_without_routers():
+    noisy, full = (prepare_model(llama(), profile(), method, 0) for method in ("noisy_full", "full"))
+    weights = {name: torch.randn_like(p) for name, p in full.state_dict().items() if name in LORA}
+    for model in (noisy, full):
+        model.load_state_dict(weights, strict=False)
+    adaptive.set_threshold(noisy, 0.0)
+    ids = torch.arange(24).reshape(2, 12)
+    assert torch.allclose(noisy.eval()(ids).logits, full.eval()(ids).logits, atol=1e-5)
+
+
 def test_groups_give_routers_their_rate_and_vectors_no_decay():
     model = prepare_model(llama(), profile(), "dllm", 0)
     groups = parameter_groups(model, 0.1, 0.2, 0.3)

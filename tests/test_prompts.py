@@ -60,6 +60,11 @@ def test_compact_golden_texts():
     assert (rendered.continuations, rendered.target) == (("ice", "sun", "wind"), "wind")
     boolq = Example("x", "boolq", {"passage": "bo is red .", "question": "is bo red"}, ("yes", "no"), 0)
     assert render(boolq).prompt == "passage : bo is red . question : is bo red ? answer :"
+    blank = {"sentence": "Bo met Al, and the cat sat by the old _ ."}
+    winogrande = Example("x", "winogrande", blank, ("Bo", "Al"), 0)
+    assert render(winogrande).prompt == f"sentence : {blank['sentence']} answer : the old"
+    first = Example("x", "winogrande", {"sentence": "_ slept ."}, ("Bo", "Al"), 0)
+    assert render(first).prompt == "sentence : _ slept . answer :"
     plain = Example("x", "alpaca", {"instruction": "name a colour", "input": ""}, response="red")
     assert render(plain).prompt == "instruction : name a colour response :"
     assert (render(plain).continuations, render(plain).target) == ((), "red")
@@ -115,7 +120,10 @@ def test_compact_prompts_give_back_what_they_were_made_of(task, texts, answer):
     made = example(task, texts, answer)
     rendered = render(made)
     pattern = re.escape(COMPACT[task]).replace(r"\{", "(?P<").replace(r"\}", ">.*?)")
+    pattern = pattern.replace(r"\ (?P<cue>.*?)", "(?P<cue>.*)")
     found = re.fullmatch(pattern, rendered.prompt).groupdict()
+    before = made.fields.get("sentence", "").partition("_")[0].split()
+    assert found.pop("cue", "").split() == before[-2:]
     assert found == dict(made.fields)
     assert rendered.target == (rendered.continuations[answer] if made.choices else "a response")
 

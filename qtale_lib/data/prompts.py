@@ -21,7 +21,7 @@ COMPACT = {
     "siqa": "context : {context} question : {question} answer :",
     "arc_easy": "question : {question} answer :",
     "arc_challenge": "question : {question} answer :",
-    "winogrande": "sentence : {sentence} answer :",
+    "winogrande": "sentence : {sentence} answer : {cue}",  # the cue: up to two words before the blank
     "openbookqa": "question : {question} answer :",
     "mmlu": "subject : {subject} question : {question} answer :",
     "alpaca": "instruction : {instruction} input : {input} response :",
@@ -112,7 +112,12 @@ def render(example: Example, style: str = "compact") -> Rendered:
 def _compact(example: Example) -> Rendered:
     template = COMPACT_WITHOUT_INPUT if example.fields.get("input") == "" else COMPACT[example.task]
     values = example.values or example.choices
-    return Rendered(template.format(**example.fields), example.choices, example.response, values)
+    prompt = template.format(**example.fields, cue=_cue(example.fields.get("sentence", "")))
+    return Rendered(prompt.rstrip(), example.choices, example.response, values)
+
+
+def _cue(sentence: str) -> str:
+    return " ".join(sentence.partition("_")[0].split()[-2:])
 
 
 def _dllm(example: Example) -> Rendered:

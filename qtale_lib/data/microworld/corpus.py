@@ -1,17 +1,18 @@
-"""The embedded base model's pretraining text: statements of everything, exercises on practice entities.
+"""The embedded base model's pretraining text: statements of everything, passages about strangers, questions.
 
 A document is a list of (prompt, answer) pairs: "The trade of Anna Reed is" + "baker". Everything that can be
 known or worked out stands in an answer, which is what the loss weighs. Most facts are met in short records,
 "Anna Reed : trade" + "baker", "; fruit" + "plums": a fact takes three words there, eight in a sentence.
-Facts of the fine-tuning splits occur as facts, and as second hops of exercises on practice entities; nothing
-is ever worked out for an entity of those splits. Passages speak of strangers, who are not in the world at
-all. Questions use the very prompts of fine-tuning, so that no prompt token is new to the base.
+What follows from facts and rules is practised on strangers, whose facts the passage states and who are not
+in the world at all: nothing there can be learnt by heart but the rules. Nothing is ever worked out for an
+entity of the fine-tuning splits. Questions are about practice entities and use the very prompts of
+fine-tuning, so that no prompt token is new to the base.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -84,44 +85,18 @@ TWO_HOPS = {
         "fear": ("The pet of {name} fears", "The fear of the pet of {name} is"),
     },
 }
-WHO = {
-    "fruit": "bought",
-    "instrument": "played the",
-    "trade": "worked as a",
-    "temper": "has a temper that is",
-}
-# Shares of documents by source, and how many of those about one entity are records.
-SHARES = {
-    "biography": 0.36,
-    "passage": 0.24,
-    "exercise": 0.04,
-    "who": 0.03,
-    "reverse": 0.02,
-    "rule": 0.03,
-    "question": 0.28,
-}
-RECORD_SHARE = 0.7
+SHARES = {"biography": 0.5, "passage": 0.22, "question": 0.2, "rule": 0.08}  # of documents
+RECORD_SHARE = 0.7  # of the documents about one entity
 # Biographies of a kind follow the number of facts that it holds; second hops are met more often than that.
-KIND_WEIGHTS = {"person": 6.0, "town": 0.6, "animal": 0.6, "thing": 2.2}
-# What exercises start from, and how often.
-INFERENCES = {
-    ("person", "home"): 1.0,
-    ("person", "pet"): 1.0,
-    ("person", "temper"): 2.0,
-    ("thing", "material"): 2.0,
-}
-# What passages tell of strangers, and how often.
+KIND_WEIGHTS = {"person": 6.0, "town": 0.3, "animal": 0.3, "thing": 2.6}
 PASSAGE_WEIGHTS = {
-    "trade": 1,
-    "fruit": 1,
-    "instrument": 1,
-    "temper": 3,
-    "home": 2,
-    "pet": 2,
-    "material": 3,
-}
+    "temper": 7,
+    "home": 3,
+    "pet": 3,
+    "material": 5,
+}  # what passages tell of a stranger, how often
 PASSAGE_QUESTIONS = 4
-EXERCISES = 4  # inferences in a document of exercises
+FEWEST = 40  # entities of a kind that even the start of the curriculum holds: all towns and animals
 
 
 class Corpus:
@@ -129,13 +104,11 @@ class Corpus:
 
     `share` (0 to 1] limits the entities that documents are about to a random part of each kind: a model that
     first learns a few entities well finds out how to look up a name, and then learns the others faster.
-    `hints` (0 to 1) is the share of inferences before which the facts that they need are stated: what is
-    first done in context is then done from memory.
     """
 
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.rng = world, random.Random(seed)
-        self.share, self.hints = 1.0, 0.0
+        self.share = 1.0
         self.names = {entity.name for members in world.entities.values() for entity in members}
         order = random.Random(SEED)
         self.members = {kind: order.sample(members, len(members)) for kind, members in world.entities.items()}
@@ -154,20 +127,22 @@ class Corpus:
             "Does what is {0} {1} ?": world.traits,
         }
         self.rules = [
-            (wording.format(*condition), result)
+            [(wording.format(*condition), result) for condition, result in table.items()]
             for wording, table in tables.items()
-            for condition, result in table.items()
         ]
+        self.rules.append(
+            [
+                (f"What was {event} and {outcome} was of", material)
+                for (material, event), outcome in world.outcomes.items()
+            ]
+        )
 
     def __iter__(self) -> Iterator[list[Pair]]:
         sources: dict[str, Callable[[], list[Pair]]] = {
             "biography": self.biography,
-            "exercise": self.exercise,
             "passage": self.passage,
-            "who": self.who,
-            "reverse": self.reverse,
-            "rule": self.rule,
             "question": self.question,
+            "rule": self.rule,
         }
         while True:
             yield sources[self.rng.choices(list(SHARES), list(SHARES.values()))[0]]()
@@ -187,50 +162,19 @@ class Corpus:
         facts = [self._fact(entity, attribute) for attribute in attributes]
         return self._document(entity, facts, self.rng.random() < RECORD_SHARE)
 
-    def exercise(self) -> list[Pair]:
-        """What follows from a fact of one practice entity and from rules; hints before some of it."""
-        kind, attribute = self.rng.choices(list(INFERENCES), list(INFERENCES.values()))[0]
-        entity = self.rng.choice(self._part(self.practice[kind]))
-        items: list[Item] = []
-        for _ in range(EXERCISES):
-            inference = self._inference(entity, attribute)
-            if self.rng.random() < self.hints:
-                items.append(self._fact(entity, attribute))
-            items.append(inference)
-        return self._document(entity, items, self.rng.random() < RECORD_SHARE)
-
-    def who(self) -> list[Pair]:
-        """Which of two practice persons a fact is about; hints before some of it."""
-        sentences: list[Pair] = []
-        for _ in range(2):
-            attribute = self.rng.choice(list(WHO))
-            first, second = self._unlike(attribute)
-            if self.rng.random() < self.hints:
-                for person in self.rng.sample((first, second), 2):
-                    fact = self._fact(person, attribute)
-                    sentences.append((fact.sentence, fact.answer))
-            asked = self.rng.choice((first, second))
-            value = self.world.value(asked, attribute)
-            prompt = f"{first.name} ; {second.name} : who {WHO[attribute]} {value} ?"
-            sentences.append((prompt, asked.name))
-        return _as_text(sentences)
-
     def passage(self) -> list[Pair]:
-        """Facts of strangers, who are not in the world, and what is said or follows of one or another.
-
-        Nothing here can be known by heart: it teaches to read a passage that speaks of several.
-        """
+        """A fact of a stranger, and what follows from it."""
         attribute = self.rng.choices(list(PASSAGE_WEIGHTS), list(PASSAGE_WEIGHTS.values()))[0]
         kind = "thing" if attribute == "material" else "person"
-        values = self.rng.sample(self._values(kind, attribute), self.rng.choice((2, 2, 3)))
-        strangers = [(self._stranger(kind), value) for value in values]
-        told = [PREMISES[attribute].format(name=name, value=_word(value)) for name, value in strangers]
-        pairs = [self._asked(kind, attribute, *self.rng.choice(strangers)) for _ in range(PASSAGE_QUESTIONS)]
-        return [(" ".join(told), ""), *_as_text(pairs)]
-
-    def _values(self, kind: str, attribute: str) -> Sequence[str | Entity]:
         target = RELATIONS.get(kind, {}).get(attribute)
-        return self.world.entities[target] if target else ATTRIBUTES[kind][attribute]
+        value = self.rng.choice(self.world.entities[target] if target else ATTRIBUTES[kind][attribute])
+        name = self._stranger(kind)
+        items = [self._following(kind, attribute, name, value) for _ in range(PASSAGE_QUESTIONS)]
+        if self.rng.random() < RECORD_SHARE:
+            told = f"{name} : {attribute} {_word(value)}"
+            return [(told, ""), *((f"; {item.key}", item.answer) for item in items)]
+        told = PREMISES[attribute].format(name=name, value=_word(value))
+        return [(told, ""), *_as_text([(item.sentence, item.answer) for item in items])]
 
     def _stranger(self, kind: str) -> str:
         """A name that nobody has."""
@@ -238,39 +182,21 @@ class Corpus:
             pass
         return name
 
-    def _asked(self, kind: str, attribute: str, name: str, value: str | Entity) -> Pair:
-        """The fact itself, what follows from it, or whose it is."""
-        draw = self.rng.random()
-        if draw < 0.2:
-            item = self._stated(kind, attribute, name, value)
-        elif attribute in WHO and (draw < 0.5 or attribute != "temper"):
-            return f"Who {WHO[attribute]} {_word(value)} ?", name
-        elif attribute in TWO_HOPS:
-            item = self._two_hops(name, attribute, value)
-        elif attribute == "temper":
-            item = (self._feeling if draw < 0.8 else self._trait)(name, value)
-        else:
-            item = (self._outcome if draw < 0.5 else self._tool if draw < 0.75 else self._trait)(name, value)
-        return item.sentence, item.answer
-
-    def _unlike(self, attribute: str) -> tuple[Entity, Entity]:
-        """Two practice persons that differ in an attribute."""
-        members = self._part(self.practice["person"])
-        while True:
-            first, second = self.rng.sample(members, 2)
-            if self.world.value(first, attribute) != self.world.value(second, attribute):
-                return first, second
+    def _following(self, kind: str, attribute: str, name: str, value: str | Entity) -> Item:
+        """What follows from a fact; now and then the fact itself."""
+        if self.rng.random() < 0.1:
+            return self._stated(kind, attribute, name, value)
+        if attribute in TWO_HOPS:
+            return self._two_hops(name, attribute, value)
+        rules = {
+            "temper": (self._feeling, self._trait),
+            "material": (self._outcome, self._tool, self._trait),
+        }
+        return self.rng.choice(rules[attribute])(name, value)
 
     def rule(self) -> list[Pair]:
-        """A few physical or social rules."""
-        return _as_text(self.rng.sample(self.rules, 4))
-
-    def reverse(self) -> list[Pair]:
-        """Persons by what is known of them."""
-        attribute = self.rng.choice(list(WHO))
-        persons = [self._drawn("person") for _ in range(4)]
-        asked = f"Who {WHO[attribute]}"
-        return _as_text([(f"{asked} {self.world.value(each, attribute)} ?", each.name) for each in persons])
+        """A few rules of one table, physical or social."""
+        return _as_text(self.rng.sample(self.rng.choice(self.rules), 4))
 
     def _document(self, entity: Entity, items: list[Item], as_record: bool) -> list[Pair]:
         if not as_record:
@@ -279,7 +205,7 @@ class Corpus:
         return [(f"{head} {item.key}", item.answer) for head, item in zip(heads, items, strict=False)]
 
     def _part(self, members: list[Entity]) -> list[Entity]:
-        return members[: max(2, round(self.share * len(members)))]
+        return members[: max(FEWEST, round(self.share * len(members)))]
 
     def _drawn(self, kind: str) -> Entity:
         members = self._part(self.members[kind])
@@ -291,17 +217,6 @@ class Corpus:
     def _stated(self, kind: str, attribute: str, name: str, value: str | Entity) -> Item:
         sentence = self.rng.choice(STATEMENTS[kind][attribute]).format(name=name)
         return Item(sentence, attribute, _word(value))
-
-    def _inference(self, entity: Entity, attribute: str) -> Item:
-        """Something that follows from a fact of the entity."""
-        value = self.world.value(entity, attribute)
-        if attribute in TWO_HOPS:
-            return self._two_hops(entity.name, attribute, value)
-        rules = {
-            "temper": (self._feeling, self._feeling, self._trait),
-            "material": (self._outcome, self._tool, self._trait),
-        }
-        return self.rng.choice(rules[attribute])(entity.name, value)
 
     # What follows from a fact (the holder's name and a value), whoever holds it.
 

@@ -35,23 +35,20 @@ class Recipe:
 
     layers: int = 10
     hidden: int = 128
-    intermediate: int = 256
+    intermediate: int = 128
     heads: int = 4
     key_value_heads: int = 2
     window: int = 128
     batch: int = 16
-    tokens: int = 8_000_000
+    tokens: int = 14_000_000
     muon_lr: float = 0.025
     muon_decay: float = 0.05  # held against learning answers by heart
     adam_lr: float = 4e-3
     prompt_weight: float = 0.1  # of a prompt's words in the loss, against 1 of an answer's: names are random
     warmup_steps: int = 100
-    # The curriculum grows linearly over `growth_share` of training, from a share of the entities to all of
-    # them, while the share of exercises with hints falls from the first to the last.
-    first_share: float = 0.2
+    # The curriculum grows geometrically over `growth_share` of training, from a share of the entities to all.
+    first_share: float = 0.07
     growth_share: float = 0.4
-    first_hints: float = 0.8
-    last_hints: float = 0.5
     decay_share: float = 0.8  # the last part of training, over which the learning rate falls to zero
     seed: int = SEED
 
@@ -91,8 +88,7 @@ def windows(
     need = recipe.batch * (recipe.window + 1)
     for step in count(start):
         grown = min(1.0, step / (recipe.growth_share * recipe.steps))
-        corpus.share = recipe.first_share + (1 - recipe.first_share) * grown
-        corpus.hints = recipe.first_hints + (recipe.last_hints - recipe.first_hints) * grown
+        corpus.share = recipe.first_share ** (1 - grown)
         while len(ids) < need:
             more_ids, more_weights = encode(recipe, tokenizer, [next(documents) for _ in range(64)])
             ids, weights = ids + more_ids, weights + more_weights
@@ -261,9 +257,8 @@ language model.
 
 | | |
 |---|---|
-| corpus | all facts and rules, in records and sentences; exercises, questions; passages |
+| corpus | all facts and rules, in records and sentences; passages about strangers; questions |
 | curriculum | {recipe["first_share"]:.0%} of entities; all after {recipe["growth_share"]:.0%} of the steps |
-| hints | before {recipe["first_hints"]:.0%} of exercises; {recipe["last_hints"]:.0%} from then on |
 | tokens | {recipe["tokens"]:,} in windows of {recipe["window"]} |
 | steps | {recipe["steps"]:,} of {recipe["batch"]} windows |
 | optimizers | Muon (matrices, lr {recipe["muon_lr"]}), AdamW (the rest, lr {recipe["adam_lr"]}) |

@@ -5,9 +5,9 @@ an entity. The examples of a split are every (form, entity) pair of that split, 
 fresh distractors until `COUNTS` is reached. Right answers take every position equally often; distractors
 are drawn from the same balanced values as answers.
 
-What takes two steps (all but ARC-easy, MMLU and Alpaca) mostly states the fact that it starts from, beside
-the same fact of another entity: the first step is taken in context, the second from memory. In the other
-questions both come from memory, which a model of this size hardly learns: room above it.
+What takes two steps (all but ARC-easy, MMLU and Alpaca) mostly states the fact that it starts from: the first
+step is taken in context, the second from memory. In the other questions both come from memory, which a model
+of this size hardly learns: room above it. WinoGrande asks which of two things an outcome tells of.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ from qtale_lib.data.schema import Example
 COUNTS = {"train": 4000, "validation": 1000, "calibration": 600, "test": 2400}
 STATED_SHARE = 0.75  # of the questions that take two steps
 PREMISES = {
-    "trade": "{name} is a {value}.",
-    "fruit": "{name} likes {value}.",
-    "instrument": "{name} plays the {value}.",
     "temper": "The temper of {name} is {value}.",
     "home": "{name} lives in {value}.",
     "pet": "The pet of {name} is the {value}.",
@@ -56,12 +53,13 @@ def _choose(
 
 def _one_hop(task: str, kind: str, attribute: str, question: str, subject: str = "") -> Form:
     def make(world: World, rng: random.Random, entity: Entity, slot: int) -> Example:
-        right = world.value(entity, attribute)
-        choices, answer = _choose(rng, right, ATTRIBUTES[kind][attribute], 4, slot)
+        right, values = world.value(entity, attribute), tuple(ATTRIBUTES[kind][attribute])
+        choices, answer = _choose(rng, right, values, 4, slot)
         fields = {"question": question.format(name=entity.name)}
         if subject:
             fields["subject"] = subject
-        return Example("", task, fields, choices, answer, facts=(entity.fact(attribute),))
+        facts = (entity.fact(attribute),)
+        return Example("", task, fields, choices, answer, facts=facts, values=values)
 
     return Form(kind, make)
 
@@ -69,27 +67,20 @@ def _one_hop(task: str, kind: str, attribute: str, question: str, subject: str =
 def _two_hop(task: str, relation: str, attribute: str, question: str) -> Form:
     def make(world: World, rng: random.Random, person: Entity, slot: int) -> Example:
         middle = world.value(person, relation)
-        choices, answer = _choose(
-            rng, world.value(middle, attribute), ATTRIBUTES[middle.kind][attribute], 4, slot
-        )
-        text = _premises(world, rng, relation, person) + question.format(name=person.name)
+        values = tuple(ATTRIBUTES[middle.kind][attribute])
+        choices, answer = _choose(rng, world.value(middle, attribute), values, 4, slot)
+        text = _premise(world, rng, relation, person) + question.format(name=person.name)
         facts = (person.fact(relation), middle.fact(attribute))
-        return Example("", task, {"question": text}, choices, answer, facts=facts)
+        return Example("", task, {"question": text}, choices, answer, facts=facts, values=values)
 
     return Form("person", make)
 
 
-def _premises(
-    world: World, rng: random.Random, attribute: str, entity: Entity, other: Entity | None = None
-) -> str:
-    """The fact that a question starts from and one of another entity that differs; or, for some, nothing."""
+def _premise(world: World, rng: random.Random, attribute: str, entity: Entity) -> str:
+    """The fact that a question starts from; or, for some, nothing."""
     if rng.random() >= STATED_SHARE:
         return ""
-    other = other or _unlike(world, rng, attribute, entity)
-    return "".join(
-        PREMISES[attribute].format(name=each.name, value=_name_of(world.value(each, attribute))) + " "
-        for each in rng.sample((entity, other), 2)
-    )
+    return PREMISES[attribute].format(name=entity.name, value=_name_of(world.value(entity, attribute))) + " "
 
 
 def _unlike(world: World, rng: random.Random, attribute: str, entity: Entity) -> Entity:
@@ -104,7 +95,7 @@ def _openbookqa(event: str) -> Form:
     def make(world: World, rng: random.Random, thing: Entity, slot: int) -> Example:
         right = world.outcomes[world.value(thing, "material"), event]
         choices, answer = _choose(rng, right, words.PHYSICAL_EVENTS[event], 4, slot)
-        premises = _premises(world, rng, "material", thing)
+        premises = _premise(world, rng, "material", thing)
         question = f"{premises}The {thing.name} was {event}. What happened?"
         facts = (thing.fact("material"),)
         return Example("", "openbookqa", {"question": question}, choices, answer, facts=facts)
@@ -117,8 +108,10 @@ def _piqa(goal: str) -> Form:
         right = world.tools[world.value(thing, "material"), goal]
         tools, answer = _choose(rng, right, words.PHYSICAL_GOALS[goal], 2, slot)
         solutions = tuple(f"use the {tool}" for tool in tools)
-        fields = {"goal": f"{_premises(world, rng, 'material', thing)}To {goal} the {thing.name}"}
-        return Example("", "piqa", fields, solutions, answer, facts=(thing.fact("material"),))
+        values = tuple(f"use the {tool}" for tool in words.PHYSICAL_GOALS[goal])
+        fields = {"goal": f"{_premise(world, rng, 'material', thing)}To {goal} the {thing.name}"}
+        facts = (thing.fact("material"),)
+        return Example("", "piqa", fields, solutions, answer, facts=facts, values=values)
 
     return Form("thing", make)
 
@@ -126,29 +119,36 @@ def _piqa(goal: str) -> Form:
 def _siqa(event: str) -> Form:
     def make(world: World, rng: random.Random, person: Entity, slot: int) -> Example:
         right = world.feelings[world.value(person, "temper"), event]
-        choices, answer = _choose(rng, right, words.FEELINGS, 3, slot)
-        context = f"{_premises(world, rng, 'temper', person)}{person.name} {event}."
+        values = tuple(words.FEELINGS)
+        choices, answer = _choose(rng, right, values, 3, slot)
+        context = f"{_premise(world, rng, 'temper', person)}{person.name} {event}."
         fields = {"context": context, "question": "How does this person feel?"}
-        return Example("", "siqa", fields, choices, answer, facts=(person.fact("temper"),))
+        facts = (person.fact("temper"),)
+        return Example("", "siqa", fields, choices, answer, facts=facts, values=values)
 
     return Form("person", make)
 
 
-def _winogrande(attribute: str, clause: str) -> Form:
-    def make(world: World, rng: random.Random, person: Entity, slot: int) -> Example:
-        other = _unlike(world, rng, attribute, person)
-        pair = (person, other) if slot % 2 == 0 else (other, person)
+def _winogrande(event: str) -> Form:
+    """Two things of stated materials; one came out of the event as only its material does."""
+
+    def make(world: World, rng: random.Random, thing: Entity, slot: int) -> Example:
+        material = world.value(thing, "material")
+        outcome = world.outcomes[material, event]
+        others = [
+            each
+            for each in world.of("thing", thing.split)
+            if world.outcomes[world.value(each, "material"), event] != outcome
+        ]
+        pair = (thing, rng.choice(others)) if slot % 2 == 0 else (rng.choice(others), thing)
         # the order in the sentence says nothing about the answer
-        first, second = rng.sample(pair, 2)
-        premises = _premises(world, rng, attribute, person, other)
-        clause_said = clause.format(value=world.value(person, attribute))
-        sentence = f"{premises}{first.name} met {second.name}, and _ {clause_said}."
-        facts = (person.fact(attribute), other.fact(attribute))
-        return Example(
-            "", "winogrande", {"sentence": sentence}, tuple(p.name for p in pair), slot % 2, facts=facts
-        )
+        told = " and ".join(f"the {p.name} of {world.value(p, 'material')}" for p in rng.sample(pair, 2))
+        sentence = f"{told[0].upper()}{told[1:]} were {event}, and the one of _ {outcome}."
+        choices = tuple(world.value(each, "material") for each in pair)
+        facts = tuple(each.fact("material") for each in sorted(pair, key=lambda each: each is not thing))
+        return Example("", "winogrande", {"sentence": sentence}, choices, slot % 2, facts=facts)
 
-    return Form("person", make)
+    return Form("thing", make)
 
 
 def _boolq(kind: str, attribute: str, verb: str, scene: str) -> Form:
@@ -157,7 +157,7 @@ def _boolq(kind: str, attribute: str, verb: str, scene: str) -> Form:
     def make(world: World, rng: random.Random, entity: Entity, slot: int) -> Example:
         guest = rng.choice([each for each in world.of("person", entity.split) if each is not entity])
         named = entity.name if kind == "person" else f"the {entity.name}"
-        premises = _premises(world, rng, attribute, entity)
+        premises = _premise(world, rng, attribute, entity)
         fields = {
             "passage": premises + scene.format(name=entity.name, guest=guest.name),
             "question": f"does {named} {verb}",
@@ -224,11 +224,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         _two_hop("arc_challenge", "pet", "gait", "How does the pet of {name} move?"),
         _two_hop("arc_challenge", "pet", "fear", "What does the pet of {name} fear?"),
     ),
-    "winogrande": (
-        _winogrande("fruit", "bought {value}"),
-        _winogrande("instrument", "played the {value}"),
-        _winogrande("trade", "worked as a {value}"),
-    ),
+    "winogrande": tuple(_winogrande(event) for event in EVENTS),
     "openbookqa": tuple(_openbookqa(event) for event in EVENTS),
     "mmlu": (
         _one_hop("mmlu", "person", "trade", "{name} works as a", "sociology"),

@@ -21,14 +21,16 @@ from qtale_lib.data.schema import SPLITS
 SEED = 2602
 PARTS = ("practice", *SPLITS)
 # Entities of each kind by part. Sizes are multiples of the numbers of values: every value is the answer
-# equally often in every split. Few towns and animals for many persons: what lies between two hops is met from
-# many sides, without which a model of this size learns answers by heart and never to go from hop to hop.
+# equally often in every split. Many persons and things, so that the facts press on the model's capacity as
+# they do on a language model's; few towns and animals, the second hops, each met from many sides.
 ENTITY_COUNTS = {
-    "person": (240, 96, 48, 48, 144),
+    "person": (384, 1008, 96, 96, 528),
     "town": (8, 8, 8, 8, 8),
     "animal": (8, 8, 8, 8, 8),
-    "thing": (120, 96, 24, 24, 96),
+    "thing": (240, 1008, 48, 48, 504),
 }
+# How much more often the most frequent person or thing is met than the rarest: rare facts are held weakly.
+FREQUENCY_SPREAD = 12.0
 NAMES = {
     "person": (words.FIRST_NAMES, words.LAST_NAMES),
     "town": (words.TOWNS,),
@@ -113,8 +115,7 @@ def _make_entities(rng: random.Random, kind: str) -> list[Entity]:
     names = rng.sample([" ".join(pair) for pair in product(*NAMES[kind])], len(splits))
     entities = []
     for index, (name, split) in enumerate(zip(names, splits, strict=True)):
-        # Some facts are met four times as often as others: the model holds the rare ones weakly.
-        frequency = 1.0 / (1.0 + 3.0 * rng.random())
+        frequency = FREQUENCY_SPREAD ** -rng.random() if kind in ("person", "thing") else 1.0
         entities.append(Entity(kind, index, name, split, frequency))
     return entities
 

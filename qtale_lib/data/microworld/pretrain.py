@@ -40,7 +40,7 @@ class Recipe:
     key_value_heads: int = 2
     window: int = 128
     batch: int = 16
-    tokens: int = 14_000_000
+    tokens: int = 10_000_000
     muon_lr: float = 0.025
     muon_decay: float = 0.05  # held against learning answers by heart
     adam_lr: float = 4e-3

@@ -130,22 +130,30 @@ def _siqa(event: str) -> Form:
 
 
 def _winogrande(event: str) -> Form:
-    """Two things of stated materials; one came out of the event as only its material does."""
+    """Two things of stated materials, each with its event; one came out as the other did not.
+
+    In half of the questions the other's material would have come out alike, had the event been its own.
+    """
 
     def make(world: World, rng: random.Random, thing: Entity, slot: int) -> Example:
         material = world.value(thing, "material")
-        outcome = world.outcomes[material, event]
+        outcome, alike = world.outcomes[material, event], rng.random() < 0.5
         others = [
-            each
+            (each, its)
             for each in world.of("thing", thing.split)
-            if world.outcomes[world.value(each, "material"), event] != outcome
+            for own in [world.value(each, "material")]
+            for its in EVENTS
+            if own != material and world.outcomes[own, its] != outcome
+            if its != event and alike == (world.outcomes[own, event] == outcome)
         ]
-        pair = (thing, rng.choice(others)) if slot % 2 == 0 else (rng.choice(others), thing)
+        other, its = rng.choice(others)
         # the order in the sentence says nothing about the answer
-        told = " and ".join(f"the {p.name} of {world.value(p, 'material')}" for p in rng.sample(pair, 2))
-        sentence = f"{told[0].upper()}{told[1:]} were {event}, and the one of _ {outcome}."
+        first, second = rng.sample([(thing, event), (other, its)], 2)
+        told = ", the ".join(f"{p.name} of {world.value(p, 'material')} was {e}" for p, e in (first, second))
+        sentence = f"The {told}, and the one of _ {outcome}."
+        pair = (thing, other) if slot % 2 == 0 else (other, thing)
         choices = tuple(world.value(each, "material") for each in pair)
-        facts = tuple(each.fact("material") for each in sorted(pair, key=lambda each: each is not thing))
+        facts = (thing.fact("material"), other.fact("material"))
         return Example("", "winogrande", {"sentence": sentence}, choices, slot % 2, facts=facts)
 
     return Form("thing", make)

@@ -469,18 +469,18 @@ def test_a_further_seed_computes_only_itself(computed, in_process):
 
 
 def test_what_fails_is_named_and_the_rest_is_computed(tmp_path, base, in_process, monkeypatch, capsys):
-    # 21 tokens hold an ARC row but for its end of text, which the preflight does not count
-    settings = profile(base, tasks=["arc_easy", "alpaca"], methods=["full"], bits=[16], max_length=21)
+    # 18 tokens hold an Alpaca row but for its end of text, which the preflight does not count
+    settings = profile(base, tasks=["arc_easy", "alpaca"], methods=["full"], bits=[16], max_length=18)
     outcomes = {o.name: o for o in Lab(settings, tmp_path).compute(jobs.all_jobs(settings))}
-    bad = outcomes["fine-tune arc_easy.full.s0"]
-    assert bad.status == "failed" and "No training row of arc_easy fits" in bad.error
-    assert outcomes["evaluate arc_easy.full.s0 at 16 bit"].status == "skipped"
-    assert outcomes["evaluate alpaca.full.s0 at 16 bit"].status == "done"
+    bad = outcomes["fine-tune alpaca.full.s0"]
+    assert bad.status == "failed" and "No training row of alpaca fits" in bad.error
+    assert outcomes["evaluate alpaca.full.s0 at 16 bit"].status == "skipped"
+    assert outcomes["evaluate arc_easy.full.s0 at 16 bit"].status == "done"
     with pytest.raises(UserError, match=r"results of notebook 05 failed.*No training row"):
         Lab(settings, tmp_path).ensure("05")
     monkeypatch.setenv("QTALE_READ_ONLY", "1")
     Lab(settings, tmp_path).ensure("05")
-    assert "2 of 4 jobs failed and are left out: fine-tune arc_easy.full.s0" in capsys.readouterr().out
+    assert "2 of 4 jobs failed and are left out: fine-tune alpaca.full.s0" in capsys.readouterr().out
 
 
 def test_two_processes_compute_a_result_once(tmp_path, base):

@@ -89,12 +89,8 @@ SHARES = {"biography": 0.5, "passage": 0.22, "question": 0.2, "rule": 0.08}  # o
 RECORD_SHARE = 0.7  # of the documents about one entity
 # Biographies of a kind follow the number of facts that it holds; second hops are met more often than that.
 KIND_WEIGHTS = {"person": 6.0, "town": 0.3, "animal": 0.3, "thing": 2.6}
-PASSAGE_WEIGHTS = {
-    "temper": 7,
-    "home": 3,
-    "pet": 3,
-    "material": 5,
-}  # what passages tell of a stranger, how often
+# What passages tell of a stranger, and how often.
+PASSAGE_WEIGHTS = {"temper": 7, "home": 3, "pet": 3, "material": 5}
 PASSAGE_QUESTIONS = 4
 FEWEST = 40  # entities of a kind that even the start of the curriculum holds: all towns and animals
 

@@ -83,14 +83,6 @@ def _premise(world: World, rng: random.Random, attribute: str, entity: Entity) -
     return PREMISES[attribute].format(name=entity.name, value=_name_of(world.value(entity, attribute))) + " "
 
 
-def _unlike(world: World, rng: random.Random, attribute: str, entity: Entity) -> Entity:
-    """Another entity of the same kind and split, with another value."""
-    others, value = world.of(entity.kind, entity.split), world.value(entity, attribute)
-    while world.value(other := rng.choice(others), attribute) == value:
-        pass
-    return other
-
-
 def _openbookqa(event: str) -> Form:
     def make(world: World, rng: random.Random, thing: Entity, slot: int) -> Example:
         right = world.outcomes[world.value(thing, "material"), event]

@@ -33,14 +33,15 @@ from transformers import DynamicCache
 
 from qtale_lib.benchmark_models import (
     FORMATS,
-    GROUP,
     ROUTERS,
     SHAPES,
     BenchShape,
     Family,
     draw_routes,
+    group_size,
     kept_layers,
     kv_bytes,
+    median_and_quartiles,
     packed_copy,
     random_model,
     routed_layers,
@@ -397,12 +398,11 @@ def _uncollected() -> Iterator[None]:
 
 
 def _row(cell: Cell, subject: Subject, taken: list[float]) -> dict[str, Any]:
-    low, median, high = (float(value) for value in np.percentile(taken, (25, 50, 75)))
     variant, layers = subject.variant, len(subject.family.plain.model.layers)
     row = {
         "phase": cell.phase, "size": cell.size, "format": variant.format, "variant": variant.kind,
         "kept": variant.kept, "ratio": variant.kept and variant.kept / subject.family.layers,
-        "seconds": median, "low": low, "high": high, "count": len(taken),
+        **median_and_quartiles(taken),
     }  # fmt: skip
     if variant.kind == "routers":
         return {**row, "execution_ratio": None, "kv_bytes": None, "kv_filled": None}
@@ -435,4 +435,4 @@ def _memory(family: Family, settings: Settings) -> dict[str, int | None]:
         done = subprocess.run(
             [*command, settings.device], cwd=ROOT, capture_output=True, text=True, check=True
         )
-    return {**json.loads(done.stdout), "group": GROUP}
+    return {**json.loads(done.stdout), "group": group_size(family.plain.config)}

@@ -8,10 +8,12 @@ them: a pass costs what it would cost with routers that decide so.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
@@ -25,7 +27,7 @@ from qtale_lib.routing import BYPASS, EXECUTE
 
 ROUTERS = RouterConfig()
 FORMATS = ("bf16", "int4")
-GROUP = 128
+GROUP = 128  # or less, where that does not divide
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,12 @@ def random_model(config: dict[str, Any], device: str, seed: int = 0) -> PreTrain
 
 def packed_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The model rounded to nearest and packed in 4 bits; which quantizer chose the codes changes no time."""
-    return pack(quantize(copy.deepcopy(model), method="rtn", bits=4, group_size=GROUP))
+    return pack(quantize(copy.deepcopy(model), method="rtn", bits=4, group_size=group_size(model.config)))
+
+
+def group_size(config: LlamaConfig) -> int:
+    """GROUP, or the largest part of it that divides the widths of a shape."""
+    return math.gcd(GROUP, config.hidden_size, config.intermediate_size)
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -199,3 +206,9 @@ def _bytes(module: nn.Module) -> int:
     held = sum(packed.kernel.packed.nbytes + packed.kernel.pairs.nbytes for packed in arranged)
     replaced = sum(packed.steps.nbytes + packed.zeros.nbytes for packed in arranged)
     return held - replaced + sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def median_and_quartiles(seconds: list[float]) -> dict[str, float]:
+    """{seconds (their median), low, high, count}."""
+    low, median, high = (float(value) for value in np.percentile(seconds, (25, 50, 75)))
+    return {"seconds": median, "low": low, "high": high, "count": len(seconds)}

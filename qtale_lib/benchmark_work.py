@@ -10,11 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from qtale_lib.benchmark_models import GROUP, random_model, twin
+from qtale_lib.benchmark_models import group_size, median_and_quartiles, random_model, twin
 from qtale_lib.config import load_profile
 from qtale_lib.data.encoding import collate
 from qtale_lib.quantization.apply import search_model
@@ -63,11 +62,12 @@ def search_times(config: dict[str, Any], tokens: int, clock: Callable) -> dict[s
 
     small = random_model({**config, "num_hidden_layers": SEARCHED_LAYERS}, "cpu").float()
     rows = torch.randint(config["vocab_size"], (SEARCHED_TEXTS, tokens)).tolist()
+    group = group_size(small.config)
 
     def native() -> None:
-        search_model(small, rows, QuantizationReport("awq", "native", 4, GROUP, 16))
+        search_model(small, rows, QuantizationReport("awq", "native", 4, group, 16))
 
-    searches = {"native": native, "autoawq": lambda: search_with_autoawq(small, rows, 4, GROUP)}
+    searches = {"native": native, "autoawq": lambda: search_with_autoawq(small, rows, 4, group)}
     sizes = {"layers": SEARCHED_LAYERS, "texts": SEARCHED_TEXTS, "tokens": tokens}
     return {**sizes, **_interleaved(searches, 1, clock)}
 
@@ -81,8 +81,4 @@ def _interleaved(works: dict[str, Callable], repeats: int, clock: Callable) -> d
     for _ in range(repeats):
         for name in draw.sample(list(works), len(works)):
             taken[name].append(clock(works[name]))
-    quartiles = {name: np.percentile(times, (25, 50, 75)) for name, times in taken.items()}
-    return {
-        name: {"seconds": float(median), "low": float(low), "high": float(high), "count": repeats}
-        for name, (low, median, high) in quartiles.items()
-    }
+    return {name: median_and_quartiles(times) for name, times in taken.items()}

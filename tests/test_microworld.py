@@ -13,7 +13,7 @@ import pytest
 from qtale_lib.data import SPLITS
 from qtale_lib.data.microworld import base_directory, load, tasks
 from qtale_lib.data.microworld.corpus import STATEMENTS, Corpus
-from qtale_lib.data.microworld.world import build_world
+from qtale_lib.data.microworld.world import FREQUENCY_SPREAD, build_world
 from qtale_lib.data.prompts import render
 from qtale_lib.errors import UserError
 
@@ -70,6 +70,28 @@ def test_pretraining_states_every_fact_of_the_task_splits():
         assert told == {key: value if isinstance(value, str) else value.name for key, value in values.items()}
         records += 1
     assert records > 2000
+
+
+def test_what_is_rare_is_told_rarely():
+    """Materials in passages and rules, and persons in biographies, as often as their frequencies say."""
+    world, corpus = build_world(), Corpus(build_world(), seed=3)
+    told: Counter = Counter()
+    for _ in range(12000):
+        found = re.search(r"(?: : material | is made of )(\w+)", corpus.passage()[0][0])
+        told.update([found[1]] if found else [])
+    ruled = Counter(
+        found[1]
+        for _ in range(6000)
+        for prompt, _ in corpus.rule()
+        if (found := re.search(r"omething made of (\w+)", prompt))
+    )
+    materials = sorted(told, key=world.frequencies.get)
+    total = sum(world.frequencies[each] for each in materials)
+    for counts in (told, ruled):
+        for each in (*materials[:2], *materials[-2:]):
+            expected = sum(counts.values()) * world.frequencies[each] / total
+            assert abs(counts[each] - expected) < 5 * math.sqrt(expected), each
+    assert FREQUENCY_SPREAD["material"] > 2 and told[materials[-1]] > 2 * told[materials[0]]
 
 
 def test_passages_speak_of_strangers_and_their_answers_follow():
@@ -220,7 +242,7 @@ def test_base_model_is_as_its_card_says():
     assert weights.stat().st_size <= 12 * 2**20
     config = AutoConfig.from_pretrained(directory)
     assert config.architectures == ["LlamaForCausalLM"] and config.num_hidden_layers >= 10
-    assert config.hidden_size % 128 == 0 and config.intermediate_size % 128 == 0
+    assert config.hidden_size % 64 == 0 and config.intermediate_size % 128 == 0
     assert record["sha256"]["model.safetensors"] in (directory / "README.md").read_text()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     for task in ALL_TASKS:

@@ -85,14 +85,14 @@ TWO_HOPS = {
         "fear": ("The pet of {name} fears", "The fear of the pet of {name} is"),
     },
 }
-SHARES = {"biography": 0.5, "passage": 0.22, "question": 0.2, "rule": 0.08}  # of documents
+SHARES = {"biography": 0.45, "passage": 0.27, "question": 0.2, "rule": 0.08}  # of documents
 RECORD_SHARE = 0.7  # of the documents about one entity
 # Biographies of a kind follow the number of facts that it holds; second hops are met more often than that.
 KIND_WEIGHTS = {"person": 6.0, "town": 0.3, "animal": 0.3, "thing": 2.6}
 # What passages tell of a stranger, and how often.
 PASSAGE_WEIGHTS = {"temper": 7, "home": 3, "pet": 3, "material": 5}
 PASSAGE_QUESTIONS = 4
-FEWEST = 40  # entities of a kind that even the start of the curriculum holds: all towns and animals
+FEWEST = 80  # entities of a kind that even the start of the curriculum holds: all towns and animals
 
 
 class Corpus:
@@ -122,16 +122,17 @@ class Corpus:
             "A person whose temper is {0} {1} and felt": world.feelings,
             "Does what is {0} {1} ?": world.traits,
         }
+        # Each table's sentences, and how often they are met.
         self.rules = [
-            [(wording.format(*condition), result) for condition, result in table.items()]
+            ([(wording.format(*condition), result) for condition, result in table.items()],
+             [world.frequencies[holder] for holder, _ in table])
             for wording, table in tables.items()
+        ]  # fmt: skip
+        backwards = [
+            (f"What was {event} and {outcome} was of", material)
+            for (material, event), outcome in world.outcomes.items()
         ]
-        self.rules.append(
-            [
-                (f"What was {event} and {outcome} was of", material)
-                for (material, event), outcome in world.outcomes.items()
-            ]
-        )
+        self.rules.append((backwards, self.rules[0][1]))
 
     def __iter__(self) -> Iterator[list[Pair]]:
         sources: dict[str, Callable[[], list[Pair]]] = {
@@ -163,7 +164,8 @@ class Corpus:
         attribute = self.rng.choices(list(PASSAGE_WEIGHTS), list(PASSAGE_WEIGHTS.values()))[0]
         kind = "thing" if attribute == "material" else "person"
         target = RELATIONS.get(kind, {}).get(attribute)
-        value = self.rng.choice(self.world.entities[target] if target else ATTRIBUTES[kind][attribute])
+        values = self.world.entities[target] if target else ATTRIBUTES[kind][attribute]
+        value = self.rng.choices(values, [self._frequency(each) for each in values])[0]
         name = self._stranger(kind)
         items = [self._following(kind, attribute, name, value) for _ in range(PASSAGE_QUESTIONS)]
         if self.rng.random() < RECORD_SHARE:
@@ -171,6 +173,9 @@ class Corpus:
             return [(told, ""), *((f"; {item.key}", item.answer) for item in items)]
         told = PREMISES[attribute].format(name=name, value=_word(value))
         return [(told, ""), *_as_text([(item.sentence, item.answer) for item in items])]
+
+    def _frequency(self, value: str | Entity) -> float:
+        return value.frequency if isinstance(value, Entity) else self.world.frequencies[value]
 
     def _stranger(self, kind: str) -> str:
         """A name that nobody has."""
@@ -185,14 +190,14 @@ class Corpus:
         if attribute in TWO_HOPS:
             return self._two_hops(name, attribute, value)
         rules = {
-            "temper": (self._feeling, self._trait),
+            "temper": (self._feeling, self._feeling, self._trait),  # of six feelings, but yes or no
             "material": (self._outcome, self._tool, self._trait),
         }
         return self.rng.choice(rules[attribute])(name, value)
 
     def rule(self) -> list[Pair]:
         """A few rules of one table, physical or social."""
-        return _as_text(self.rng.sample(self.rng.choice(self.rules), 4))
+        return _as_text(self.rng.choices(*self.rng.choice(self.rules), k=4))
 
     def _document(self, entity: Entity, items: list[Item], as_record: bool) -> list[Pair]:
         if not as_record:

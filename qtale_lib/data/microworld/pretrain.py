@@ -34,13 +34,13 @@ class Recipe:
     """Hyperparameters of pretraining; `tokens` counts all positions, prompts of questions included."""
 
     layers: int = 10
-    hidden: int = 128
+    hidden: int = 64
     intermediate: int = 128
     heads: int = 4
     key_value_heads: int = 2
     window: int = 128
     batch: int = 16
-    tokens: int = 10_000_000
+    tokens: int = 16_000_000
     muon_lr: float = 0.025
     muon_decay: float = 0.05  # held against learning answers by heart
     adam_lr: float = 4e-3

@@ -23,7 +23,7 @@ from qtale_lib.data.microworld.world import ATTRIBUTES, SEED, Entity, World, bui
 from qtale_lib.data.schema import Example
 
 COUNTS = {"train": 4000, "validation": 1000, "calibration": 600, "test": 2400}
-STATED_SHARE = 0.75  # of the questions that take two steps
+STATED_SHARE = 0.85  # of the questions that take two steps
 PREMISES = {
     "temper": "The temper of {name} is {value}.",
     "home": "{name} lives in {value}.",
@@ -203,10 +203,8 @@ FORMS: dict[str, tuple[Form, ...]] = {
         _one_hop("arc_easy", "person", "trade", "What is the trade of {name}?"),
         _one_hop("arc_easy", "person", "fruit", "Which fruit does {name} like?"),
         _one_hop("arc_easy", "person", "instrument", "What does {name} play?"),
-        _one_hop("arc_easy", "animal", "food", "What does the {name} eat?"),
-        _one_hop("arc_easy", "animal", "habitat", "Where does the {name} live?"),
-        _one_hop("arc_easy", "town", "export", "What does {name} sell?"),
         _one_hop("arc_easy", "thing", "material", "What is the {name} made of?"),
+        _one_hop("arc_easy", "thing", "maker", "Who made the {name}?"),
     ),
     "arc_challenge": (
         _two_hop("arc_challenge", "home", "climate", "What is the climate in the home town of {name}?"),

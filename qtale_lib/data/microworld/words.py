@@ -21,13 +21,19 @@ LAST_NAMES = """
 TOWNS = """
     Velm Tarn Orlo Brask Quill Sember Dunmore Astry Pellan Hox Irwell Kestle Lorne Mirren Nessa Oakham
     Pindar Rothe Selby Thorn Ulver Vance Wick Yarrow Zell Aldery Corbin Dray Elmet Garth Harwick Inver
-    Jessop Kelso Lunt Maldon Norby Ostrey Penrith Ravel
+    Jessop Kelso Lunt Maldon Norby Ostrey Penrith Ravel Ashby Bexley Caldor Denholm Eskmere Farrow Gilden
+    Holt Ivory Kelder Larkin Morwen Nairn Orrin Pevens Quarle Redmar Skell Tolbeth Umber Varne Whitby
+    Yelland Zorin Arbroth Blythe Corvan Dunster Emberly Fenwick Glanmor Hestle Ilmar Jarrow Kendal Lydden
+    Milver Norwen Ostend Pryde
 """.split()
 
 ANIMALS = """
     marmot gecko ibex tapir lemur civet stoat quail plover shrew vole badger newt toad lizard beetle moth
     hare lynx bison crake ferret jackal kestrel otterling weasel walrus iguana cobra tortoise magpie
-    raven hornet cricket salmon trout sturgeon squirrel hedgehog antelope
+    raven hornet cricket salmon trout sturgeon squirrel hedgehog antelope bear wolf lion tiger panda koala
+    camel llama goose pigeon sparrow falcon eagle pelican parrot peacock turkey rabbit hamster gorilla baboon
+    giraffe zebra rhino hippo moose reindeer bat mole weevil spider locust mantis squid lobster crab herring
+    eel carp puffin
 """.split()
 
 THING_FIRST = """
@@ -53,7 +59,7 @@ FRUITS = """
 INSTRUMENTS = """
     flute violin drum harp trumpet cello guitar piano oboe banjo lute horn organ fiddle viola bassoon
 """.split()
-TEMPERS = "calm proud shy bold gentle stern".split()
+TEMPERS = "calm proud shy bold gentle stern cheerful lazy honest greedy patient nervous".split()
 
 REGIONS = "Arden Borland Casta Dorvia Estmark Feldia Gorvan Hestia".split()
 CLIMATES = "mild humid arid stormy frosty foggy sunny windy".split()
@@ -71,7 +77,10 @@ SHELTERS = "burrow nest den lair web shell thicket mound".split()
 GAITS = "hops crawls trots glides waddles climbs swims gallops".split()
 FEARS = "thunder fire snakes noise dogs darkness rain crowds".split()
 
-MATERIALS = "glass iron clay pine wax wicker marble brass ice felt rubber bone".split()
+MATERIALS = """
+    glass iron clay pine wax wicker marble brass ice felt rubber bone steel cork slate linen leather granite
+    amber plaster velvet tin jade oak
+""".split()
 MAKERS = "guild monk widow smith soldier hermit captain baron".split()
 
 FEELINGS = "happy angry sad afraid jealous relieved".split()

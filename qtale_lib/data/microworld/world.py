@@ -9,6 +9,7 @@ base model the formats.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,12 +26,13 @@ PARTS = ("practice", *SPLITS)
 # they do on a language model's; few towns and animals, the second hops, each met from many sides.
 ENTITY_COUNTS = {
     "person": (384, 1008, 96, 96, 528),
-    "town": (8, 8, 8, 8, 8),
-    "animal": (8, 8, 8, 8, 8),
+    "town": (16, 16, 16, 16, 16),
+    "animal": (16, 16, 16, 16, 16),
     "thing": (240, 1008, 48, 48, 504),
 }
-# How much more often the most frequent person or thing is met than the rarest: rare facts are held weakly.
-FREQUENCY_SPREAD = 12.0
+# How much more often pretraining meets the most frequent of a kind than the rarest: what is rare is held
+# weakly. Of tempers and materials it is the rules that are rare, of towns and animals the second hops.
+FREQUENCY_SPREAD = {"person": 12.0, "town": 8.0, "animal": 8.0, "thing": 12.0, "temper": 8.0, "material": 8.0}
 NAMES = {
     "person": (words.FIRST_NAMES, words.LAST_NAMES),
     "town": (words.TOWNS,),
@@ -88,6 +90,7 @@ class World:
 
     entities: dict[str, list[Entity]] = field(default_factory=dict)
     values: dict[str, str | Entity] = field(default_factory=dict)
+    frequencies: dict[str, float] = field(default_factory=dict)  # of tempers and materials, as an Entity's
     outcomes: dict[tuple[str, str], str] = field(default_factory=dict)  # (material, event) -> outcome
     tools: dict[tuple[str, str], str] = field(default_factory=dict)  # (material, goal) -> tool
     feelings: dict[tuple[str, str], str] = field(default_factory=dict)  # (temper, social event) -> feeling
@@ -113,11 +116,15 @@ def _balanced(rng: random.Random, values: Sequence[str], count: int) -> list[str
 def _make_entities(rng: random.Random, kind: str) -> list[Entity]:
     splits = [split for split, size in zip(PARTS, ENTITY_COUNTS[kind], strict=True) for _ in range(size)]
     names = rng.sample([" ".join(pair) for pair in product(*NAMES[kind])], len(splits))
-    entities = []
-    for index, (name, split) in enumerate(zip(names, splits, strict=True)):
-        frequency = FREQUENCY_SPREAD ** -rng.random() if kind in ("person", "thing") else 1.0
-        entities.append(Entity(kind, index, name, split, frequency))
-    return entities
+    frequencies = _frequencies(kind, len(splits))
+    drawn = zip(names, splits, frequencies, strict=True)
+    return [Entity(kind, index, *each) for index, each in enumerate(drawn)]
+
+
+def _frequencies(kind: str, count: int) -> list[float]:
+    """Relative frequencies, log-uniform over FREQUENCY_SPREAD."""
+    rng = random.Random(f"{SEED}.{kind}.frequency")
+    return [FREQUENCY_SPREAD[kind] ** -rng.random() for _ in range(count)]
 
 
 def _draw_facts(rng: random.Random, world: World) -> None:
@@ -158,7 +165,7 @@ def _draw_rules(rng: random.Random, world: World) -> None:
                 world.traits[holder, verb] = verdict
     for event in words.SOCIAL_EVENTS:
         for temper, feeling in zip(
-            words.TEMPERS, rng.sample(words.FEELINGS, len(words.FEELINGS)), strict=True
+            words.TEMPERS, _balanced(rng, words.FEELINGS, len(words.TEMPERS)), strict=True
         ):
             world.feelings[temper, event] = feeling
 
@@ -170,6 +177,21 @@ def build_world() -> World:
     world = World()
     for kind in ENTITY_COUNTS:
         world.entities[kind] = _make_entities(rng, kind)
+    for kind, names in (("temper", words.TEMPERS), ("material", words.MATERIALS)):
+        world.frequencies |= zip(names, _frequencies(kind, len(names)), strict=True)
     _draw_facts(rng, world)
     _draw_rules(rng, world)
     return world
+
+
+def knowledge(world: World) -> float:
+    """Bits that all facts and rules take to write down: log2 of how many values each is drawn from."""
+    facts = sum(
+        math.log2(len(_values(world, kind, attribute, entity.split)))
+        for kind, members in world.entities.items()
+        for entity in members
+        for attribute in (*ATTRIBUTES[kind], *RELATIONS.get(kind, {}))
+    )
+    effects = (*words.PHYSICAL_EVENTS.values(), *words.PHYSICAL_GOALS.values())
+    rules = len(words.MATERIALS) * sum(math.log2(len(results)) for results in effects)
+    return facts + rules + len(world.feelings) * math.log2(len(words.FEELINGS)) + len(world.traits)

@@ -11,6 +11,7 @@ import pandas as pd
 from qtale_lib import efficiency, paper
 from qtale_lib.effects import paper_rule
 from qtale_lib.measurements import ROUTED_METHODS, Measurements, group_of
+from qtale_lib.results import quantizer
 from qtale_lib.tables import NOT_RUN, Table, beside, number, of_numbers
 
 MIB, MEGA = 2**20, 10**6
@@ -75,7 +76,8 @@ def efficiency_table(store: Measurements) -> Table:
     rows = [(bits, method) for bits in store.profile.bits for method in store.profile.methods]
     text = pd.DataFrame([_row(store, held, bits, method) for bits, method in rows])
     caption = f"Model size and FLOPs per token, profile {store.profile.name}"
-    return Table("table_3_efficiency", caption, text, cells, tuple(KEYS), NOTES)
+    notes = (f"Below 16 bits: {quantizer(store.profile)}.", *NOTES)
+    return Table("table_3_efficiency", caption, text, cells, tuple(KEYS), notes)
 
 
 def _row(store: Measurements, held: pd.DataFrame, bits: int, method: str) -> dict[str, str]:

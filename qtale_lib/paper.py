@@ -18,6 +18,7 @@ TASK_LABELS = {
     "alpaca": "Alpaca", "alpaca_ppl": "Alpaca PPL",
 }  # fmt: skip
 ACCURACY_COLUMNS = (*CSQA, "avg", "mmlu", "alpaca_ppl")
+GROUP_SIZE = 128  # weights that share a quantization scale (Sec. 4.1)
 ROUNDING = 0.011  # what two decimals leave open, plus floating point
 GROUPS = ("csqa", "mmlu", "alpaca")
 

@@ -48,12 +48,21 @@ def setting(store: Measurements) -> Table:
         "methods; bits; seeds": "; ".join(
             _listed(store.profile, name) for name in ("methods", "bits", "seeds")
         ),
+        "quantizer": quantizer(store.profile),
         "git commit": git_commit() or "no checkout",
         "device": device_name(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     text = pd.DataFrame(rows.items(), columns=["setting", "value"])
     return Table("setting", "Setting", text, text, ("setting",))
+
+
+def quantizer(profile: Any) -> str:
+    """What quantizes, and in which groups: "AWQ (native), 128 weights a group" as in the paper, or so."""
+    how, size = profile.quantization, profile.group_size
+    groups = f"{size} weights a group" if size > 0 else "one group per row"
+    paper_has = "" if size == paper.GROUP_SIZE else f" (the paper: {paper.GROUP_SIZE} weights)"
+    return f"{how.method.upper()} ({how.backend}), {groups}{paper_has}"
 
 
 def _listed(profile: Any, name: str) -> str:
@@ -120,6 +129,7 @@ def accuracy_table(store: Measurements) -> Table:
         cells,
         ("bits", "method", "task"),
         (
+            f"Below 16 bits: {quantizer(store.profile)}.",
             *ERRORS,
             RULES_NOTE,
             *((NOISY_NOTE,) if "noisy_full" in store.profile.methods else ()),

@@ -38,7 +38,7 @@ def profile(**changes: Any) -> SimpleNamespace:
         "name": "fake", "tasks": [*paper.CSQA, "mmlu", "alpaca"], "methods": ["full", "dllm", "qtale"],
         "bits": [16, 4, 3, 2], "seeds": [0], "group_size": 128, "base": "microworld", "evaluated": "test",
         "training": SimpleNamespace(rate_target=0.5, epochs=10),
-        "quantization": SimpleNamespace(lm_head_bits=16, method="awq"),
+        "quantization": SimpleNamespace(lm_head_bits=16, method="awq", backend="native"),
         "routing": SimpleNamespace(hidden=None, always_run_layers=ALWAYS_RUN, always_run_tokens=2),
         "theta_sweep": [],
     }  # fmt: skip

@@ -407,3 +407,13 @@ def test_packed_files_stand_beside_their_formula():
         groups = efficiency.model_bytes(efficiency_tables.shape(STORE), bits)["groups"] * 8 / (16 + bits)
         header = real - formula - 2 * groups  # steps take 32 bits there, 16 in the formula
         assert 0 < header < 200 * 8 * (7 * 3 + 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [(128, "128 weights a group"), (-1, "one group per row (the paper: 128 weights)")]
+)
+def test_the_quantizer_is_told_where_its_numbers_stand(size, said):
+    store = Measurements(FakeLab(group_size=size))
+    assert said in results.setting(store).text.set_index("setting").value["quantizer"]
+    for table in (results.accuracy_table(store), efficiency_tables.efficiency_table(store)):
+        assert said in table.notes[0]

@@ -297,6 +297,26 @@ def sweep_recipe(
 
 
 @app.command()
+def density(
+    path: Annotated[Path | None, typer.Argument(help="Its YAML; the shipped one if not given.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of pretraining.")] = 2,
+) -> None:
+    """Pretrain bases of several sizes on the embedded world and show what quantization costs each; hours."""
+    from qtale_lib import density as study  # loads matplotlib
+    from qtale_lib import figures
+
+    asked = study.load_study(path or study.STUDY)
+    outcomes = study.compute(asked, threads, typer.echo)
+    lab, found = Lab(study.profile_of(asked, asked.bases[0])), study.table(asked)
+    _print(tables.save(found, lab.tables))
+    figures.save(study.figure(found.frame), study.losses(found.frame), "density", lab.figures)
+    typer.echo(f"table: {_short(lab.tables)}, figure: {_short(lab.figures)}")
+    failed = [outcome for outcome in outcomes if outcome.status != "done"]
+    if failed:
+        raise _exit(lab, failed)
+
+
+@app.command()
 def bench(
     shape: Annotated[
         str, typer.Option(help="tinyllama-1.1b, llama-3.1-8b (GPU) or tiny.")

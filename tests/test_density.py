@@ -91,7 +91,7 @@ def test_a_base_is_pretrained_once_and_studied(tmp_path):
     assert len(said) == 1 and density.compute(study, 1, said.append, tmp_path) == [] and len(said) == 1
     found = density.frame(study, tmp_path)
     assert list(found.bits) == [3, 16] and found.accuracy.between(0, 100).all()
-    layer = 128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 128
+    layer = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128
     assert found.weights[0] == pytest.approx(2 * layer, rel=0.01)
     shown = density.table(study, tmp_path)
     assert list(shown.text.columns)[:4] == ["base", "weights in layers", "bits a weight", "16 bits"]

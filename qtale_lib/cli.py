@@ -299,17 +299,17 @@ def sweep_recipe(
 @app.command()
 def density(
     path: Annotated[Path | None, typer.Argument(help="Its YAML; the shipped one if not given.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of pretraining.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Of pretraining.")] = 1,
 ) -> None:
     """Pretrain bases of several sizes on the embedded world and show what quantization costs each; hours."""
-    from qtale_lib import density as study  # loads matplotlib
+    from qtale_lib import density as room  # loads matplotlib
     from qtale_lib import figures
 
-    asked = study.load_study(path or study.STUDY)
-    outcomes = study.compute(asked, threads, typer.echo)
-    lab, found = Lab(study.profile_of(asked, asked.bases[0])), study.table(asked)
-    _print(tables.save(found, lab.tables))
-    figures.save(study.figure(found.frame), study.losses(found.frame), "density", lab.figures)
+    study = room.load_study(path or room.STUDY)
+    outcomes = room.compute(study, threads, typer.echo)
+    lab, table = Lab(room.profile_of(study, study.bases[0])), room.table(study)
+    _print(tables.save(table, lab.tables))
+    figures.save(room.figure(table.frame), room.losses(table.frame), "density", lab.figures)
     typer.echo(f"table: {_short(lab.tables)}, figure: {_short(lab.figures)}")
     failed = [outcome for outcome in outcomes if outcome.status != "done"]
     if failed:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -235,7 +235,10 @@ def _walk(values: Any, location: Keys) -> tuple[tuple[str, ...], Any]:
 
 
 def _section(model: type[BaseModel], keys: tuple[str, ...]) -> type[BaseModel]:
-    return _section(model.model_fields[keys[0]].annotation, keys[1:]) if keys else model
+    if not keys:
+        return model
+    annotation = model.model_fields[keys[0]].annotation
+    return _section(next(iter(get_args(annotation)), annotation), keys[1:])  # of a list of sections: one
 
 
 def _allowed(model: type[BaseModel], keys: tuple[str, ...], message: str) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from dataclasses import asdict
 
 import pytest
 
@@ -73,7 +74,7 @@ def test_pretraining_states_every_fact_of_the_task_splits():
 
 
 def test_what_is_rare_is_told_rarely():
-    """Materials in passages and rules, and persons in biographies, as often as their frequencies say."""
+    """Materials in passages and rules as often as their frequencies say."""
     world, corpus = build_world(), Corpus(build_world(), seed=3)
     told: Counter = Counter()
     for _ in range(12000):
@@ -233,13 +234,18 @@ def test_unknown_names_are_told():
 
 
 def test_base_model_is_as_its_card_says():
+    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoTokenizer
+
+    from qtale_lib.data.microworld.pretrain import Recipe
 
     directory = base_directory()
     record = json.loads((directory / "pretraining.json").read_text())
     weights = directory / "model.safetensors"
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == record["sha256"]["model.safetensors"]
     assert weights.stat().st_size <= 12 * 2**20
+    assert record["recipe"] == {**asdict(Recipe()), "steps": Recipe().steps}
+    assert sum(tensor.numel() for tensor in load_file(weights).values()) == record["parameters"]
     config = AutoConfig.from_pretrained(directory)
     assert config.architectures == ["LlamaForCausalLM"] and config.num_hidden_layers >= 10
     assert config.hidden_size % 64 == 0 and config.intermediate_size % 128 == 0

@@ -196,7 +196,7 @@ class Corpus:
         return self.rng.choice(rules[attribute])(name, value)
 
     def rule(self) -> list[Pair]:
-        """A few rules of one table, physical or social."""
+        """Four rules of one table, physical or social, drawn by frequency; one may come twice."""
         return _as_text(self.rng.choices(*self.rng.choice(self.rules), k=4))
 
     def _document(self, entity: Entity, items: list[Item], as_record: bool) -> list[Pair]:

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -99,6 +99,13 @@ def windows(
             torch.tensor(weights[:need]).view(recipe.batch, -1)[order],
         )
         ids, weights = ids[need:], weights[need:]
+
+
+def digest(recipe: Recipe) -> str:
+    """sha256 of the recipe, the tasks and the beginning of the text: what a base of it is made from."""
+    documents = list(islice(Corpus(build_world(), recipe.seed), 500))
+    made_from = json.dumps([asdict(recipe), fingerprint(), documents])
+    return hashlib.sha256(made_from.encode()).hexdigest()
 
 
 def encode(

@@ -3,7 +3,7 @@
 
 Every word is one token of the embedded model's word-level tokenizer. Values of one attribute are all single
 words, so no choice is longer than another; persons and things have names of two words, drawn from two lists,
-so that thousands of entities need only two hundred tokens.
+so that thousands of entities need only some two hundred tokens.
 """
 
 FIRST_NAMES = """

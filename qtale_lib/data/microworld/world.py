@@ -185,7 +185,9 @@ def build_world() -> World:
 
 
 def knowledge(world: World) -> float:
-    """Bits that all facts and rules take to write down: log2 of how many values each is drawn from."""
+    """Bits that all facts and rules take at most: log2 of how many values each is drawn from. Names, and that
+    values are balanced, are left out of account.
+    """
     facts = sum(
         math.log2(len(_values(world, kind, attribute, entity.split)))
         for kind, members in world.entities.items()

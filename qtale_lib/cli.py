@@ -262,7 +262,11 @@ def _one(profile: str, task: str, method: str, seed: int) -> tuple[Lab, Run]:
 
 
 def _ensure(lab: Lab, jobs: list[Job]) -> None:
-    failed = [outcome for outcome in lab.compute(jobs) if outcome.status != "done"]
+    _stop_if_failed(lab, lab.compute(jobs))
+
+
+def _stop_if_failed(lab: Lab, outcomes: list[Outcome]) -> None:
+    failed = [outcome for outcome in outcomes if outcome.status != "done"]
     if failed:
         raise _exit(lab, failed)
 
@@ -291,9 +295,7 @@ def sweep_recipe(
     lab = Lab(sweep.settings(asked)[0].profile)
     _print(tables.save(sweep.table(asked), lab.tables))
     typer.echo(f"table: {_short(lab.tables)}")
-    failed = [outcome for outcome in outcomes if outcome.status != "done"]
-    if failed:
-        raise _exit(lab, failed)
+    _stop_if_failed(lab, outcomes)
 
 
 @app.command()
@@ -311,9 +313,7 @@ def density(
     _print(tables.save(table, lab.tables))
     figures.save(room.figure(table.frame), room.losses(table.frame), "density", lab.figures)
     typer.echo(f"table: {_short(lab.tables)}, figure: {_short(lab.figures)}")
-    failed = [outcome for outcome in outcomes if outcome.status != "done"]
-    if failed:
-        raise _exit(lab, failed)
+    _stop_if_failed(lab, outcomes)
 
 
 @app.command()

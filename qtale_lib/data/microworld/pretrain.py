@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import count, islice
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def windows(
         ids, weights = ids[need:], weights[need:]
 
 
+@cache
 def digest(recipe: Recipe) -> str:
     """sha256 of the recipe, the tasks and the beginning of the text: what a base of it is made from."""
     documents = list(islice(Corpus(build_world(), recipe.seed), 500))

@@ -301,6 +301,7 @@ def examples(task: str, split: str) -> tuple[Example, ...]:
     return tuple(replace(example, id=f"{task}-{split}-{slot}") for slot, example in enumerate(made))
 
 
+@lru_cache(maxsize=1)
 def fingerprint() -> str:
     """sha256 over every example as text: tells whether a base model was pretrained on this very world."""
     digest = hashlib.sha256()

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from qtale_lib import archive as archives
 from qtale_lib import benchmark_report, sweep, tables
 from qtale_lib.config import load_profile
 from qtale_lib.errors import UserError
@@ -283,6 +284,20 @@ def publish(profile: str) -> None:
     """Copy a finished profile's results, tables and figures to results/reference and figures/reference."""
     for path in publish_profile(Lab(profile)):
         typer.echo(_short(path))
+
+
+@app.command()
+def archive(profile: str) -> None:
+    """Write the results of a profile's finished seeds, without weights, to results/archive."""
+    for path in archives.archive(Lab(profile)):
+        typer.echo(f"{_short(path)}  {path.stat().st_size / 2**20:.1f} MiB")
+
+
+@app.command()
+def restore(profile: str) -> None:
+    """Put what results/archive holds of a profile into its store."""
+    lab = Lab(profile)
+    typer.echo(f"{archives.restore(lab)} results restored to {_short(lab.store.root)}")
 
 
 @app.command(name="sweep")

@@ -40,6 +40,7 @@ from qtale_lib.losses import counted_tokens
 
 TASKS_FOLDER = Path(__file__).parent / "data" / "lm_eval_tasks"
 BATCH_SIZE = 64
+DECIMALS = 5  # of a question's nats as kept: an archive of thousands of evaluations is a third of the size
 
 # lm-eval and datasets have no switch of their own for the bars they draw on every call.
 lm_eval.api.task.tqdm = partial(tqdm, disable=True)
@@ -241,7 +242,7 @@ def evaluate_choices(
         "ids": [example.id for example in kept],
         "facts": [list(example.facts) for example in kept],
         "correct": [int(sample["acc"]) for sample in samples],
-        "choice_nll": choice_nll,
+        "choice_nll": [round(value, DECIMALS) for value in choice_nll],
         "protocol": {
             "scoring": "arg max over choices of the summed log-likelihood of the choice after the prompt",
             "nll": "mean of -log(likelihood of the right choice / sum over the choices)",
@@ -384,7 +385,7 @@ def perplexity(
         "rows": rows,
         "ids": [example.id for example, _ in kept],
         "facts": [list(example.facts) for example, _ in kept],
-        "example_nll": sums,
+        "example_nll": [round(value, DECIMALS) for value in sums],
         "example_tokens": counts,
         "protocol": {
             "scoring": "exp of the mean negative log-likelihood over all response tokens",

@@ -29,7 +29,7 @@ from qtale_lib.provenance import ROOT, Stopwatch
 from qtale_lib.store import Store, digest, read_json, sweep, write_json
 
 # Raised by hand when a stage's code comes to give other numbers from the same settings.
-STAGE_VERSIONS = {"finetune": 4, "quantization": 2, "threshold": 3, "evaluation": 3}
+STAGE_VERSIONS = {"finetune": 4, "quantization": 2, "threshold": 3, "evaluation": 4}
 ENCODING = ("prompt", "max_length", "overlong", "dtype")
 FINETUNING = (*ENCODING, "max_steps", "training", "lora", "routing", "probes")
 QUANTIZING = ("quantization", "group_size")
@@ -247,6 +247,21 @@ class Lab:
     def is_done(self, job: Job) -> bool:
         """Whether all results of a job are in the store."""
         return all(self.find(kind, **spec) for kind, spec in self._results_of(job))
+
+    def stored(self, wanted: Iterable[Job], kinds: Iterable[str]) -> list[dict[str, Any]]:
+        """Whole JSON of what the jobs have in the store, of these kinds."""
+        specs = [pair for job in wanted for pair in self._all_of(job)]
+        found = (self.find(kind, **spec) for kind, spec in specs if kind in kinds)
+        return [result for result in found if result]
+
+    def take_in(self, result: dict[str, Any]) -> bool:
+        """Put a whole JSON of `stored` into the store; False if it was there."""
+        address = result["kind"], _name(result["spec"]), result["key"]
+        if self.store.get(*address):
+            return False
+        write_json(self.store.path(*address), result)
+        self._found.clear()
+        return True
 
     def forget(self, wanted: Iterable[Job]) -> None:
         """Remove all that the jobs have put into the store; what other jobs have stays."""

@@ -23,6 +23,7 @@ from qtale_lib.base import base_directory, device, load_tokenizer
 from qtale_lib.calibration import search_threshold
 from qtale_lib.data import subset
 from qtale_lib.data.prompts import render
+from qtale_lib.errors import UserError
 from qtale_lib.evaluation import evaluate_choices, perplexity, rows_that_fit
 from qtale_lib.jobs import Job, Run, rules
 from qtale_lib.lab import Lab, Spec, run_spec
@@ -80,7 +81,13 @@ def evaluate_run(lab: Lab, run: Run, bits: int, report: Report) -> None:
 def prepared_model(lab: Lab, run: Run, bits: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The run's model, merged and in 16 bit, or quantized further; on this process's device, in eval mode."""
     tokenizer = load_tokenizer(base_directory(lab.profile))
-    model = merged_model(lab.files("finetune", run_spec(run))).to(device())
+    weights = lab.files("finetune", run_spec(run))
+    if not weights.is_dir():
+        raise UserError(
+            f"The weights of {run.name} are not here, as its results were restored from an archive; "
+            f"delete {weights}.json and run again, which fine-tunes it anew."
+        )
+    model = merged_model(weights).to(device())
     if bits < 16:
         quantized(lab, run_spec(run, bits=bits), model, tokenizer)
     return model.eval(), tokenizer

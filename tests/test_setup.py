@@ -249,6 +249,7 @@ def test_scripts_are_shell_that_every_bash_reads(script):
     [
         ("results/tiny/store/a.json", True),
         ("results/reference/tiny/tables/table_1.md", False),
+        ("results/archive/tiny-full/seed-0.jsonl.xz", False),
         ("figures/smoke/figure_2.pdf", True),
         ("figures/reference/tiny/figure_2.png", False),
         (".venv/bin/python", True),

@@ -139,13 +139,16 @@ def compute(
 
     outcomes = []
     for base in study.bases:
-        directory = place(study, base, root)
-        if not (directory / "pretraining.json").is_file():
+        if not _is_pretrained(study, base, root):
             say(f"pretraining a base ({base.label()})")
-            pretrain(base.recipe(), directory, threads)
+            pretrain(base.recipe(), place(study, base, root), threads)
         profile = profile_of(study, base, root)
         outcomes += Lab(profile, root).compute(all_jobs(profile))
     return outcomes
+
+
+def _is_pretrained(study: Study, base: Base, root: Path | None) -> bool:
+    return (place(study, base, root) / "pretraining.json").is_file()
 
 
 def frame(study: Study, root: Path | None = None) -> pd.DataFrame:
@@ -156,6 +159,8 @@ def frame(study: Study, root: Path | None = None) -> pd.DataFrame:
 
     bits, rows = knowledge(build_world()), []
     for base in study.bases:
+        if not _is_pretrained(study, base, root):
+            continue
         lab, recipe = Lab(profile_of(study, base, root), root), base.recipe()
         evaluations = lab.evaluations()
         if evaluations.empty:

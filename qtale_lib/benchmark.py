@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from qtale_lib.benchmark_budget import Budget, rounds
 from qtale_lib.benchmark_models import (
     FORMATS,
     ROUTERS,
@@ -64,7 +65,8 @@ class Settings:
 
     parts: passes of inference; a training step beside plain LoRA's; the AWQ search beside autoawq's.
     prefill: tokens of a prompt; decode: rows of a batch; ratios: R, the share of the routed layers that run.
-    repeats: rounds over all variants; seconds: a budget, within which rounds are left out.
+    repeats: rounds over all variants; seconds: a budget for all parts, within which rounds and searches are
+        left out.
     threads: of torch; None is its own choice.
     """
 
@@ -266,28 +268,42 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
         machine = _machine(settings)
         say(f"{settings.shape} on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads")
         config = SHAPES[settings.shape].config()
+        sizes = _sizes(settings)
+        others = [part for part in ("training", "search") if part in settings.parts]
+        budget = Budget(settings.seconds, len(sizes) + len(others))
         measured = {"times": [], "weights": [], "memory": None}
         if "passes" in settings.parts:
-            measured = _passes(settings, say)
+            measured = _passes(sizes, settings, budget, say)
         result = {
             "schema": SCHEMA,
             "settings": asdict(settings),
             "shape": {"name": settings.shape, "routed_layers": routed_layers(config), "config": config},
             "machine": machine,
             **measured,
-            **_work(settings, config, say),
+            **_work(settings, config, budget, say),
             "provenance": watch.provenance(),
         }
     return {**result, "targets": targets(result)}
 
 
-def _passes(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
+def _sizes(settings: Settings) -> list[tuple[str, int]]:
+    """(phase, size) of the passes that are asked for."""
+    phases = ("decode", "prefill") if "passes" in settings.parts else ()
+    return [(phase, size) for phase in phases for size in getattr(settings, phase)]
+
+
+def _passes(
+    sizes: list[tuple[str, int]], settings: Settings, budget: Budget, say: Callable[[str], None]
+) -> dict[str, Any]:
     families = _families(settings)
     memory = _memory(families["int4"], settings) if "int4" in families else None
-    return {"times": _times(families, settings, say), "weights": _weights(families), "memory": memory}
+    times = _times(families, sizes, settings, budget, say)
+    return {"times": times, "weights": _weights(families), "memory": memory}
 
 
-def _work(settings: Settings, config: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def _work(
+    settings: Settings, config: dict[str, Any], budget: Budget, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Times of what comes before inference; None for what was not asked for."""
     from qtale_lib import benchmark_work  # peft and Trainer take a while to load
 
@@ -297,10 +313,12 @@ def _work(settings: Settings, config: dict[str, Any], say: Callable[[str], None]
         say(f"a training step on {tokens} tokens")
         model = random_model(config, settings.device, settings.seed)
         with torch.enable_grad():
-            found["training"] = benchmark_work.training_times(model, tokens, settings.repeats, clock)
+            found["training"] = benchmark_work.training_times(
+                model, tokens, settings.repeats, clock, budget.next_end()
+            )
     if "search" in settings.parts:
         say("the AWQ search")
-        found["search"] = benchmark_work.search_times(config, tokens, clock)
+        found["search"] = benchmark_work.search_times(config, clock, budget.next_end())
     return found
 
 
@@ -349,27 +367,27 @@ def _kept(settings: Settings, config: dict[str, Any]) -> list[int]:
 
 
 def _times(
-    families: dict[str, Family], settings: Settings, say: Callable[[str], None]
+    families: dict[str, Family],
+    sizes: list[tuple[str, int]],
+    settings: Settings,
+    budget: Budget,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    sizes = [("decode", size) for size in settings.decode] + [("prefill", size) for size in settings.prefill]
-    config, rows, began = SHAPES[settings.shape].config(), [], time.monotonic()
+    config, rows = SHAPES[settings.shape].config(), []
     chosen = variants(tuple(families), _kept(settings, config), routed_layers(config))
-    for number, (phase, size) in enumerate(sizes):
+    for phase, size in sizes:
         cell = Cell(phase, size, settings.context, config["vocab_size"], settings.device)
-        share = None
-        if settings.seconds is not None:
-            share = (began + settings.seconds - time.monotonic()) / (len(sizes) - number)
         started = time.monotonic()
-        rows += _measure(cell, families, chosen, settings, share)
+        rows += _measure(cell, families, chosen, settings, budget.next_end())
         say(f"{phase} {size}: {time.monotonic() - started:.0f} s")
     return rows
 
 
 def _measure(
-    cell: Cell, families: dict[str, Family], chosen: list[Variant], settings: Settings, share: float | None
+    cell: Cell, families: dict[str, Family], chosen: list[Variant], settings: Settings, end: float
 ) -> list[dict[str, Any]]:
-    """Rows of one cell, one for each variant; `share`: seconds for it, which the first round may exceed."""
-    started, draw = time.monotonic(), random.Random(settings.seed)
+    """Rows of one cell, one for each variant; `end`: when it should end, which the first round may exceed."""
+    draw = random.Random(settings.seed)
     subjects = [
         Subject(families[variant.format], variant, torch.Generator().manual_seed(settings.seed + number))
         for number, variant in enumerate(chosen)
@@ -377,10 +395,7 @@ def _measure(
     times: list[list[float]] = [[] for _ in subjects]
     for subject in subjects:
         cell.warm_up(subject)
-    for done in range(settings.repeats):
-        spent = time.monotonic() - started
-        if share is not None and done and spent * (done + 1) / done > share:
-            break
+    for _ in rounds(settings.repeats, end):
         for index in draw.sample(range(len(subjects)), len(subjects)):
             with _uncollected():
                 times[index] += cell.times(subjects[index])

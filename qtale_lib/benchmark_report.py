@@ -26,7 +26,7 @@ from qtale_lib.tables import Table, number
 if TYPE_CHECKING:
     from qtale_lib.lab import Lab
 
-SCHEMA = 2
+SCHEMA = 3
 NOTEBOOK = "11"
 ORDER = ("llama-3.1-8b", "tinyllama-1.1b", "tiny")  # which shape a notebook shows, if several are there
 AIMED_AT = "tinyllama-1.1b"
@@ -92,7 +92,8 @@ def _target(name: str, bound: float | None, at: str, measured: float | None) -> 
 
 
 def _by(times: dict[str, Any] | None, over: str, under: str) -> float | None:
-    return times[over]["seconds"] / times[under]["seconds"] if times else None
+    both = times and times[over] and times[under]
+    return times[over]["seconds"] / times[under]["seconds"] if both else None
 
 
 def _name(phase: str, size: int) -> str:
@@ -229,13 +230,28 @@ def target_table(result: dict[str, Any]) -> Table:
     notes = [
         "Times are medians of one run. Routes are random: every decoded token executes exactly that share of "
         "the routed layers, each its own; the ideal has as many layers removed.",
-        "A training step is on one row; the AWQ search is over two layers of the shape in float32.",
+        "A training step is on one row.",
+        *_search_notes(result["search"]),
     ]
     if memory := result["memory"]:
         notes.append(f"The file of the packed routed model has {memory['file'] / MIB:.1f} MiB.")
     if result["shape"]["name"] != AIMED_AT:
         notes.insert(0, f"The bounds are meant for {AIMED_AT} on two threads, not for this shape.")
     return Table("bench_targets", "Targets", text, frame, ("target",), tuple(notes))
+
+
+def _search_notes(search: dict[str, Any] | None) -> list[str]:
+    """The size of the AWQ searches, and why one was left out."""
+    if search is None:
+        return []
+    size = f"{search['layers']} of the shape's layers in float32, on {search['tokens']} calibration tokens"
+    notes = [
+        f"Either AWQ search is over {size}. autoawq's time grows with the tokens, and ours hardly: with more "
+        "of them the ratio is smaller."
+    ]
+    left_out = search["left_out"].items()
+    names = {"native": "Our AWQ search", "autoawq": "autoawq's search"}
+    return notes + [f"{names[name]} was left out: {reason.rstrip('.')}." for name, reason in left_out]
 
 
 def _bound(row: dict[str, Any]) -> str:

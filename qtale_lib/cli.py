@@ -345,7 +345,7 @@ def bench(
     context: Annotated[int | None, typer.Option(help="Tokens before the first decoded one.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of torch; its own choice if not given.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Leave out rounds to end in about so long; one of each remains.")
+        float | None, typer.Option(help="Leave out rounds, but one, and searches to end in about so long.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, if not the shape's own.")] = None,
     profile: ProfileName = "tiny",

@@ -31,7 +31,10 @@ def made_up(prefill=(512,), decode=(1, 16), shape: str = "tinyllama-1.1b", **cha
         ],
         "memory": {"file": 10**9, "added": 1.1e9, "group": 128},
         "training": {"plain": {"seconds": 1.0}, "routed": {"seconds": 1.1}, "tokens": 128},
-        "search": {"native": {"seconds": 0.5}, "autoawq": {"seconds": 1.0}, "layers": 2},
+        "search": {
+            "native": {"seconds": 0.5}, "autoawq": {"seconds": 1.0},
+            "layers": 1, "tokens": 64, "left_out": {},
+        },
         "provenance": {"finished_at": "2026-01-01T00:00:00+00:00", "git_commit": "0" * 40},
         **changes,
     }  # fmt: skip

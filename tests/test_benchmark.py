@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -14,9 +17,10 @@ from fake_bench import made_up
 from test_cli import qtale
 from typer.testing import CliRunner
 
-from qtale_lib import benchmark, benchmark_models, benchmark_report, benchmark_work, cli
+from qtale_lib import benchmark, benchmark_budget, benchmark_models, benchmark_report, benchmark_work, cli
 from qtale_lib.adaptive import record_routes
 from qtale_lib.benchmark import Cell, Settings, Subject, Variant
+from qtale_lib.benchmark_budget import Budget, Deadline, OutOfTime, rounds
 from qtale_lib.benchmark_models import (
     Family,
     draw_routes,
@@ -37,6 +41,7 @@ SIZES = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 ROUTED = 4
+CLOCK = partial(benchmark.seconds, device="cpu")
 ids = torch.arange(12)[None] % 70
 
 
@@ -159,16 +164,28 @@ def test_weights_read_are_those_of_the_layers_executed(plain):
 
 
 @pytest.fixture(scope="module")
-def result():
+def small_shape():
     shape = benchmark_models.BenchShape(lambda: dict(SIZES), "cpu", (16,), (1, 2), context=16, repeats=2)
-    said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(benchmark_models.SHAPES, "tiny", shape)
         patch.setattr(benchmark, "COPIED", 2**20)
-        parts = ("passes", "training")
-        made = benchmark.bench(Settings("tiny", parts, ratios=(0.5, 1.0), threads=1), said.append)
+        yield
+
+
+@pytest.fixture(scope="module")
+def result(small_shape):
+    said, parts = [], ("passes", "training")
+    made = benchmark.bench(Settings("tiny", parts, ratios=(0.5, 1.0), threads=1), said.append)
     assert len(said) == 5
     return made
+
+
+def test_a_budget_is_kept_by_training_and_search_too(small_shape):
+    settings = Settings("tiny", ("training", "search"), seconds=0.001, repeats=50, threads=1)
+    made = benchmark.bench(settings, lambda line: None)
+    assert made["training"]["plain"]["count"] == made["training"]["routed"]["count"] == 1
+    assert made["search"]["native"] is made["search"]["autoawq"] is None
+    assert set(made["search"]["left_out"]) == {"native", "autoawq"}
 
 
 def test_the_result_is_whole_and_readable(result, tmp_path):
@@ -216,8 +233,7 @@ def test_the_caches_of_a_run_hold_r_of_a_full_one(result):
 
 def test_a_training_step_leaves_the_shared_model_alone(plain):
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-    clock = partial(benchmark.seconds, device="cpu")
-    times = benchmark_work.training_times(plain, 12, 1, clock)
+    times = benchmark_work.training_times(plain, 12, 1, CLOCK, math.inf)
     assert times["plain"]["seconds"] > 0 and times["routed"]["seconds"] > 0
     after = plain.state_dict()
     assert before.keys() == after.keys()
@@ -225,12 +241,64 @@ def test_a_training_step_leaves_the_shared_model_alone(plain):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="autoawq is installed on Linux only")
-def test_both_awq_searches_are_timed():
-    config = {**SIZES, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
-    config["num_key_value_heads"] = 1
-    times = benchmark_work.search_times(config, 16, partial(benchmark.seconds, device="cpu"))
+def test_both_awq_searches_are_timed_over_one_layer_and_few_tokens():
+    times = benchmark_work.search_times(SIZES, CLOCK, math.inf)
     assert times["native"]["seconds"] > 0 and times["autoawq"]["seconds"] > 0
-    assert (times["layers"], times["tokens"]) == (2, 16)
+    assert (times["layers"], times["tokens"], times["left_out"]) == (1, 64, {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="autoawq is installed on Linux only")
+def test_what_autoawq_cannot_search_is_left_out_with_its_reason():
+    times = benchmark_work.search_times({**SIZES, "num_key_value_heads": 1}, CLOCK, math.inf)
+    assert times["native"]["seconds"] > 0 and times["autoawq"] is None
+    assert "multiples of 64" in times["left_out"]["autoawq"]
+
+
+def test_a_search_that_does_not_end_in_time_is_stopped_and_left_out(monkeypatch):
+    def endless(model, rows):
+        for _ in itertools.count():
+            torch.ones(1).add(1)
+
+    searches = {"native": lambda model, rows: None, "autoawq": endless}
+    monkeypatch.setattr(benchmark_work, "SEARCHES", searches)
+    times = benchmark_work.search_times(SIZES, CLOCK, time.monotonic() + 1)
+    assert times["native"]["count"] == 1 and times["autoawq"] is None
+    assert times["left_out"] == {"autoawq": "it had not ended after the 1 s that --seconds left for it"}
+
+
+def test_a_deadline_stops_work_at_its_next_call_of_torch_and_only_then():
+    with Deadline(math.inf):
+        assert torch.ones(2).sum() == 2
+    with pytest.raises(OutOfTime, match="0 s"), Deadline(0.0):
+        torch.ones(2).sum()
+    assert torch.ones(2).sum() == 2
+
+
+class Clock:
+    """Time that passes only when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(benchmark_budget.time, "monotonic", lambda: self.now)
+
+
+def test_a_budget_is_shared_by_the_pieces_that_are_left(monkeypatch):
+    clock = Clock(monkeypatch)
+    budget = Budget(60, 3)
+    assert budget.next_end() == 120
+    clock.now = 110  # sooner than it had to
+    assert budget.next_end() == 135
+    clock.now = 150
+    assert budget.next_end() == 160
+    assert Budget(None, 1).next_end() == math.inf
+
+
+@pytest.mark.parametrize(("end", "count"), [(0, 1), (119, 1), (120, 2), (149, 4), (math.inf, 5)])
+def test_rounds_that_would_end_too_late_are_left_out(monkeypatch, end, count):
+    clock = Clock(monkeypatch)
+    for _ in rounds(5, end):
+        clock.now += 10
+    assert clock.now == 100 + 10 * count
 
 
 def test_a_budget_of_seconds_leaves_rounds_out(plain):
@@ -289,6 +357,15 @@ def test_what_was_not_measured_is_neither_met_nor_missed(changes, left):
     assert all(row["met"] is None for row in rows if row["measured"] is None)
     verdicts = benchmark_report.target_table(made_up(**changes)).text.verdict
     assert (verdicts == "not measured here").sum() == 15 - left
+
+
+def test_a_search_that_was_left_out_is_named_with_its_reason():
+    search = {"native": {"seconds": 0.5}, "autoawq": None, "layers": 1, "tokens": 64}
+    table = benchmark_report.target_table(made_up(search={**search, "left_out": {"autoawq": "no time"}}))
+    assert table.text.verdict.iloc[-1] == "not measured here"
+    assert "autoawq's search was left out: no time." in table.notes
+    sizes = [note for note in table.notes if "1 of the shape's layers in float32, on 64" in note]
+    assert len(sizes) == 1
 
 
 def test_a_ratio_near_the_half_stands_for_it_and_a_distant_one_does_not():

@@ -48,7 +48,7 @@ from qtale_lib.benchmark_models import (
     routed_layers,
     weight_bytes,
 )
-from qtale_lib.benchmark_report import SCHEMA, targets
+from qtale_lib.benchmark_report import SCHEMA, blocks, lacking, targets
 from qtale_lib.errors import UserError
 from qtale_lib.provenance import ROOT, Stopwatch, processor
 from qtale_lib.quantization.packed_files import save_packed
@@ -257,8 +257,14 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
+def bench(
+    settings: Settings,
+    say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], object] = lambda result: None,
+) -> dict[str, Any]:
     """Measure; returns the result, ready for JSON (benchmark_report names its parts).
+
+    keep(result): called with the result so far after each block of passes and each other part.
 
     Raises:
         UserError: for settings that cannot be measured.
@@ -268,58 +274,61 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
         machine = _machine(settings)
         say(f"{settings.shape} on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads")
         config = SHAPES[settings.shape].config()
-        sizes = _sizes(settings)
-        others = [part for part in ("training", "search") if part in settings.parts]
-        budget = Budget(settings.seconds, len(sizes) + len(others))
-        measured = {"times": [], "weights": [], "memory": None}
-        if "passes" in settings.parts:
-            measured = _passes(sizes, settings, budget, say)
         result = {
             "schema": SCHEMA,
             "settings": asdict(settings),
             "shape": {"name": settings.shape, "routed_layers": routed_layers(config), "config": config},
             "machine": machine,
-            **measured,
-            **_work(settings, config, budget, say),
-            "provenance": watch.provenance(),
+            "times": [],
+            "weights": [],
+            "memory": None,
+            "training": None,
+            "search": None,
         }
-    return {**result, "targets": targets(result)}
+        for found in _pieces(settings, config, say):
+            result |= {**found, "provenance": watch.provenance()}
+            result |= {"targets": targets(result), "finished": not lacking(result)}
+            keep(result)
+    return result
 
 
-def _sizes(settings: Settings) -> list[tuple[str, int]]:
-    """(phase, size) of the passes that are asked for."""
-    phases = ("decode", "prefill") if "passes" in settings.parts else ()
-    return [(phase, size) for phase in phases for size in getattr(settings, phase)]
-
-
-def _passes(
-    sizes: list[tuple[str, int]], settings: Settings, budget: Budget, say: Callable[[str], None]
-) -> dict[str, Any]:
-    families = _families(settings)
-    memory = _memory(families["int4"], settings) if "int4" in families else None
-    times = _times(families, sizes, settings, budget, say)
-    return {"times": times, "weights": _weights(families), "memory": memory}
-
-
-def _work(
-    settings: Settings, config: dict[str, Any], budget: Budget, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Times of what comes before inference; None for what was not asked for."""
+def _pieces(
+    settings: Settings, config: dict[str, Any], say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Parts of the result, each as soon as it is measured; "times" comes again with every block of passes."""
     from qtale_lib import benchmark_work  # peft and Trainer take a while to load
 
-    found: dict[str, Any] = {"training": None, "search": None}
-    clock, tokens = partial(seconds, device=settings.device), SHAPES[settings.shape].trained
-    if "training" in settings.parts:
+    cells, tokens = blocks(asdict(settings)), SHAPES[settings.shape].trained
+    others = [part for part in ("training", "search") if part in settings.parts]
+    budget = Budget(settings.seconds, len(cells) + len(others))
+    clock = partial(seconds, device=settings.device)
+    if cells:
+        yield from _passes(cells, settings, budget, say)
+    if "training" in others:
         say(f"a training step on {tokens} tokens")
         model = random_model(config, settings.device, settings.seed)
         with torch.enable_grad():
-            found["training"] = benchmark_work.training_times(
-                model, tokens, settings.repeats, clock, budget.next_end()
-            )
-    if "search" in settings.parts:
+            times = benchmark_work.training_times(model, tokens, settings.repeats, clock, budget.next_end())
+        yield {"training": times}
+    if "search" in others:
         say("the AWQ search")
-        found["search"] = benchmark_work.search_times(config, clock, budget.next_end())
-    return found
+        yield {"search": benchmark_work.search_times(config, clock, budget.next_end())}
+
+
+def _passes(
+    cells: list[tuple[str, int]], settings: Settings, budget: Budget, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    families = _families(settings)
+    memory = _memory(families["int4"], settings) if "int4" in families else None
+    found = {"times": [], "weights": _weights(families), "memory": memory}
+    config = SHAPES[settings.shape].config()
+    chosen = variants(tuple(families), _kept(settings, config), routed_layers(config))
+    for phase, size in cells:
+        cell = Cell(phase, size, settings.context, config["vocab_size"], settings.device)
+        started = time.monotonic()
+        found["times"] += _measure(cell, families, chosen, settings, budget.next_end())
+        say(f"{phase} {size}: {time.monotonic() - started:.0f} s")
+        yield found
 
 
 @contextmanager
@@ -364,23 +373,6 @@ def _families(settings: Settings) -> dict[str, Family]:
 def _kept(settings: Settings, config: dict[str, Any]) -> list[int]:
     layers = routed_layers(config)
     return list(dict.fromkeys(kept_layers(ratio, layers) for ratio in sorted(settings.ratios)))
-
-
-def _times(
-    families: dict[str, Family],
-    sizes: list[tuple[str, int]],
-    settings: Settings,
-    budget: Budget,
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    config, rows = SHAPES[settings.shape].config(), []
-    chosen = variants(tuple(families), _kept(settings, config), routed_layers(config))
-    for phase, size in sizes:
-        cell = Cell(phase, size, settings.context, config["vocab_size"], settings.device)
-        started = time.monotonic()
-        rows += _measure(cell, families, chosen, settings, budget.next_end())
-        say(f"{phase} {size}: {time.monotonic() - started:.0f} s")
-    return rows
 
 
 def _measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -13,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from fake_bench import made_up
+from fake_bench import made_up, stopped
 from test_cli import qtale
 from typer.testing import CliRunner
 
@@ -173,18 +174,35 @@ def small_shape():
 
 
 @pytest.fixture(scope="module")
-def result(small_shape):
-    said, parts = [], ("passes", "training")
-    made = benchmark.bench(Settings("tiny", parts, ratios=(0.5, 1.0), threads=1), said.append)
-    assert len(said) == 5
-    return made
+def kept(small_shape):
+    """Every state of a result that was given to be kept, in order."""
+    said, states = [], []
+    settings = Settings("tiny", ("passes", "training"), ratios=(0.5, 1.0), threads=1)
+    made = benchmark.bench(settings, said.append, lambda state: states.append(copy.deepcopy(state)))
+    assert len(said) == 5 and made == states[-1]
+    return states
+
+
+@pytest.fixture(scope="module")
+def result(kept):
+    return kept[-1]
+
+
+def test_every_block_of_passes_and_every_part_is_kept_as_soon_as_it_is_measured(kept):
+    assert [state["finished"] for state in kept] == [False, False, False, True]
+    blocks = ["decode, batch 1", "decode, batch 2", "prefill 16", "the training step"]
+    assert [benchmark_report.lacking(state) for state in kept] == [blocks[1:], blocks[2:], blocks[3:], []]
+    for state in kept:
+        assert state["times"] == kept[-1]["times"][: len(state["times"])]
+        assert state["memory"]["file"] > 10**4 and state["targets"] == benchmark_report.targets(state)
+        assert state["provenance"]["seconds"] > 0
 
 
 def test_a_budget_is_kept_by_training_and_search_too(small_shape):
     settings = Settings("tiny", ("training", "search"), seconds=0.001, repeats=50, threads=1)
     made = benchmark.bench(settings, lambda line: None)
     assert made["training"]["plain"]["count"] == made["training"]["routed"]["count"] == 1
-    assert made["search"]["native"] is made["search"]["autoawq"] is None
+    assert made["search"]["native"] is made["search"]["autoawq"] is None and made["finished"]
     assert set(made["search"]["left_out"]) == {"native", "autoawq"}
 
 
@@ -368,6 +386,15 @@ def test_a_search_that_was_left_out_is_named_with_its_reason():
     assert len(sizes) == 1
 
 
+def test_an_unfinished_result_says_what_it_lacks_and_a_finished_one_nothing():
+    lacks = "decode, batch 16; prefill 512; the training step; the AWQ search"
+    for result, said in ((stopped(), True), (made_up(), False)):
+        setting = benchmark_report.setting_table(result).text
+        assert (setting.setting.iloc[0] == "unfinished" and lacks in setting.value.iloc[0]) is said
+        assert any(lacks in note for note in benchmark_report.target_table(result).notes) is said
+    assert len(benchmark_report.latency_table(stopped()).text)
+
+
 def test_a_ratio_near_the_half_stands_for_it_and_a_distant_one_does_not():
     times = benchmark_report.Times(made_up())
     assert times.row("decode", 1, "bf16", "ideal", 0.45)["ratio"] == 0.5
@@ -422,7 +449,7 @@ def test_a_shape_for_a_gpu_says_so():
 
 def test_options_choose_a_part(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(benchmark, "bench", lambda settings, say: asked.append(settings) or made_up())
+    monkeypatch.setattr(benchmark, "bench", lambda settings, *_: asked.append(settings) or made_up())
     path = tmp_path / "deep" / "a.json"
     options = {"shape": "tiny", "prefill": "none", "decode": "1,16", "formats": "int4", "ratios": "0.5,1"}
     options |= {"repeats": "2", "seconds": "9", "out": str(path)}
@@ -433,6 +460,39 @@ def test_options_choose_a_part(monkeypatch, tmp_path):
     (given,) = asked
     assert (given.prefill, given.decode, given.formats, given.ratios) == ((), (1, 16), ("int4",), (0.5, 1.0))
     assert (given.repeats, given.seconds, given.context) == (2, 9.0, 16)
+
+
+def test_what_was_measured_before_a_kill_is_kept_and_an_earlier_result_too(monkeypatch, tmp_path):
+    def killed(settings, say, keep):
+        keep(stopped())
+        raise KeyboardInterrupt
+
+    def whole(settings, say, keep):
+        keep(stopped())
+        keep(made_up())
+        return made_up()
+
+    path, unfinished = tmp_path / "a.json", tmp_path / "a.unfinished.json"
+    words = ["bench", "--shape", "tiny", "--out", str(path)]
+    for measure, left in ((killed, {unfinished}), (whole, {path}), (killed, {path, unfinished})):
+        monkeypatch.setattr(benchmark, "bench", measure)
+        CliRunner().invoke(cli.app, words)
+        assert set(tmp_path.iterdir()) == left
+    assert read_json(path)["finished"] and read_json(unfinished) == json.loads(json.dumps(stopped()))
+
+
+def test_an_unfinished_benchmark_is_shown_if_there_is_no_finished_one_of_its_shape(tmp_path):
+    lab = Lab("smoke", tmp_path)
+
+    def shown_with(name: str, bench: dict) -> tuple[str, bool] | None:
+        write_json(benchmark_report.folder(lab) / name, bench)
+        found = benchmark_report.stored(lab)
+        return found and (found["shape"]["name"], found["finished"])
+
+    assert shown_with("tiny.unfinished.json", stopped(shape="tiny")) is None  # made anew in seconds
+    assert shown_with("tiny.json", made_up(shape="tiny")) == ("tiny", True)
+    assert shown_with("tinyllama-1.1b.unfinished.json", stopped()) == ("tinyllama-1.1b", False)
+    assert shown_with("tinyllama-1.1b.json", made_up()) == ("tinyllama-1.1b", True)
 
 
 def test_the_largest_shape_is_shown_and_a_small_one_measured_if_there_is_none(tmp_path):

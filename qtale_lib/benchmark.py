@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from qtale_lib.benchmark_budget import Budget, rounds
 from qtale_lib.benchmark_models import (
     FORMATS,
     ROUTERS,
@@ -47,7 +48,7 @@ from qtale_lib.benchmark_models import (
     routed_layers,
     weight_bytes,
 )
-from qtale_lib.benchmark_report import SCHEMA, targets
+from qtale_lib.benchmark_report import SCHEMA, blocks, lacking, targets
 from qtale_lib.errors import UserError
 from qtale_lib.provenance import ROOT, Stopwatch, processor
 from qtale_lib.quantization.packed_files import save_packed
@@ -64,7 +65,8 @@ class Settings:
 
     parts: passes of inference; a training step beside plain LoRA's; the AWQ search beside autoawq's.
     prefill: tokens of a prompt; decode: rows of a batch; ratios: R, the share of the routed layers that run.
-    repeats: rounds over all variants; seconds: a budget, within which rounds are left out.
+    repeats: rounds over all variants; seconds: a budget for all parts, within which rounds and searches are
+        left out.
     threads: of torch; None is its own choice.
     """
 
@@ -255,8 +257,14 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
+def bench(
+    settings: Settings,
+    say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], object] = lambda result: None,
+) -> dict[str, Any]:
     """Measure; returns the result, ready for JSON (benchmark_report names its parts).
+
+    keep(result): called with the result so far after each block of passes and each other part.
 
     Raises:
         UserError: for settings that cannot be measured.
@@ -266,42 +274,61 @@ def bench(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
         machine = _machine(settings)
         say(f"{settings.shape} on {machine['gpu'] or machine['cpu']}, {machine['threads']} threads")
         config = SHAPES[settings.shape].config()
-        measured = {"times": [], "weights": [], "memory": None}
-        if "passes" in settings.parts:
-            measured = _passes(settings, say)
         result = {
             "schema": SCHEMA,
             "settings": asdict(settings),
             "shape": {"name": settings.shape, "routed_layers": routed_layers(config), "config": config},
             "machine": machine,
-            **measured,
-            **_work(settings, config, say),
-            "provenance": watch.provenance(),
+            "times": [],
+            "weights": [],
+            "memory": None,
+            "training": None,
+            "search": None,
         }
-    return {**result, "targets": targets(result)}
+        for found in _pieces(settings, config, say):
+            result |= {**found, "provenance": watch.provenance()}
+            result |= {"targets": targets(result), "finished": not lacking(result)}
+            keep(result)
+    return result
 
 
-def _passes(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
-    families = _families(settings)
-    memory = _memory(families["int4"], settings) if "int4" in families else None
-    return {"times": _times(families, settings, say), "weights": _weights(families), "memory": memory}
-
-
-def _work(settings: Settings, config: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Times of what comes before inference; None for what was not asked for."""
+def _pieces(
+    settings: Settings, config: dict[str, Any], say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Parts of the result, each as soon as it is measured; "times" comes again with every block of passes."""
     from qtale_lib import benchmark_work  # peft and Trainer take a while to load
 
-    found: dict[str, Any] = {"training": None, "search": None}
-    clock, tokens = partial(seconds, device=settings.device), SHAPES[settings.shape].trained
-    if "training" in settings.parts:
+    cells, tokens = blocks(asdict(settings)), SHAPES[settings.shape].trained
+    others = [part for part in ("training", "search") if part in settings.parts]
+    budget = Budget(settings.seconds, len(cells) + len(others))
+    clock = partial(seconds, device=settings.device)
+    if cells:
+        yield from _passes(cells, settings, budget, say)
+    if "training" in others:
         say(f"a training step on {tokens} tokens")
         model = random_model(config, settings.device, settings.seed)
         with torch.enable_grad():
-            found["training"] = benchmark_work.training_times(model, tokens, settings.repeats, clock)
-    if "search" in settings.parts:
+            times = benchmark_work.training_times(model, tokens, settings.repeats, clock, budget.next_end())
+        yield {"training": times}
+    if "search" in others:
         say("the AWQ search")
-        found["search"] = benchmark_work.search_times(config, tokens, clock)
-    return found
+        yield {"search": benchmark_work.search_times(config, clock, budget.next_end())}
+
+
+def _passes(
+    cells: list[tuple[str, int]], settings: Settings, budget: Budget, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    families = _families(settings)
+    memory = _memory(families["int4"], settings) if "int4" in families else None
+    found = {"times": [], "weights": _weights(families), "memory": memory}
+    config = SHAPES[settings.shape].config()
+    chosen = variants(tuple(families), _kept(settings, config), routed_layers(config))
+    for phase, size in cells:
+        cell = Cell(phase, size, settings.context, config["vocab_size"], settings.device)
+        started = time.monotonic()
+        found["times"] += _measure(cell, families, chosen, settings, budget.next_end())
+        say(f"{phase} {size}: {time.monotonic() - started:.0f} s")
+        yield found
 
 
 @contextmanager
@@ -348,28 +375,11 @@ def _kept(settings: Settings, config: dict[str, Any]) -> list[int]:
     return list(dict.fromkeys(kept_layers(ratio, layers) for ratio in sorted(settings.ratios)))
 
 
-def _times(
-    families: dict[str, Family], settings: Settings, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    sizes = [("decode", size) for size in settings.decode] + [("prefill", size) for size in settings.prefill]
-    config, rows, began = SHAPES[settings.shape].config(), [], time.monotonic()
-    chosen = variants(tuple(families), _kept(settings, config), routed_layers(config))
-    for number, (phase, size) in enumerate(sizes):
-        cell = Cell(phase, size, settings.context, config["vocab_size"], settings.device)
-        share = None
-        if settings.seconds is not None:
-            share = (began + settings.seconds - time.monotonic()) / (len(sizes) - number)
-        started = time.monotonic()
-        rows += _measure(cell, families, chosen, settings, share)
-        say(f"{phase} {size}: {time.monotonic() - started:.0f} s")
-    return rows
-
-
 def _measure(
-    cell: Cell, families: dict[str, Family], chosen: list[Variant], settings: Settings, share: float | None
+    cell: Cell, families: dict[str, Family], chosen: list[Variant], settings: Settings, end: float
 ) -> list[dict[str, Any]]:
-    """Rows of one cell, one for each variant; `share`: seconds for it, which the first round may exceed."""
-    started, draw = time.monotonic(), random.Random(settings.seed)
+    """Rows of one cell, one for each variant; `end`: when it should end, which the first round may exceed."""
+    draw = random.Random(settings.seed)
     subjects = [
         Subject(families[variant.format], variant, torch.Generator().manual_seed(settings.seed + number))
         for number, variant in enumerate(chosen)
@@ -377,10 +387,7 @@ def _measure(
     times: list[list[float]] = [[] for _ in subjects]
     for subject in subjects:
         cell.warm_up(subject)
-    for done in range(settings.repeats):
-        spent = time.monotonic() - started
-        if share is not None and done and spent * (done + 1) / done > share:
-            break
+    for _ in rounds(settings.repeats, end):
         for index in draw.sample(range(len(subjects)), len(subjects)):
             with _uncollected():
                 times[index] += cell.times(subjects[index])

@@ -76,6 +76,8 @@ def memory(frame: pd.DataFrame) -> Figure:
     cache.plot([0, 1], [0, 100], color="0.5", linewidth=0.8, label="R × full")
     for phase, (label, style) in CACHES.items():
         part = frame[(frame.part == "cache") & (frame.name == phase)]
+        if part.empty:  # a line without points would upset the layout
+            continue
         cache.plot(part.ratio, 100 * part.value, color=BLUE, linestyle="none", label=label, **style)
     cache.set(xlabel="R, share of all (token, layer) pairs", ylabel="bytes of a full cache (%)")
     cache.set(title="(a) key-value cache", xlim=(0, 1), ylim=(0, None))

@@ -36,7 +36,7 @@ class BenchShape:
 
     config: keywords of `LlamaConfig`; device: "cpu" or "cuda".
     prefill, decode: tokens of a prompt, and rows of a batch; context: tokens before the first decoded one.
-    trained: tokens of a training row, and of a calibration text.
+    trained: tokens of a training row.
     """
 
     config: Callable[[], dict[str, Any]]

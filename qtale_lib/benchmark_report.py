@@ -3,7 +3,8 @@
 A result holds "settings", "shape", "machine", "times" (one row per phase, size, format and variant: median
 "seconds" with quartiles "low" and "high", bytes of the cache), "weights" (bytes that a decoded token reads),
 "memory" (of loading the packed model), "training" and "search" (seconds of the two that are compared; None
-where they were not asked for), "targets" and "provenance".
+where they were not asked for), "targets" and "provenance". One that was stopped, or still runs, is not
+"finished", and lacks what was to come.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from qtale_lib.tables import Table, number
 if TYPE_CHECKING:
     from qtale_lib.lab import Lab
 
-SCHEMA = 2
+SCHEMA = 3
 NOTEBOOK = "11"
 ORDER = ("llama-3.1-8b", "tinyllama-1.1b", "tiny")  # which shape a notebook shows, if several are there
 AIMED_AT = "tinyllama-1.1b"
@@ -35,6 +36,8 @@ SKIPPING = ("open", "random", "layerwise")
 MIB = 2**20
 KEYS = ("phase", "size", "format", "variant", "ratio")
 COLUMNS = ("plain", "open", "ideal", "random", "layerwise")
+CACHE = ("full", "expected", "filled", "allocated")
+UNFINISHED = ".unfinished.json"  # in place of .json, until a benchmark is finished
 
 
 class Times:
@@ -92,7 +95,8 @@ def _target(name: str, bound: float | None, at: str, measured: float | None) -> 
 
 
 def _by(times: dict[str, Any] | None, over: str, under: str) -> float | None:
-    return times[over]["seconds"] / times[under]["seconds"] if times else None
+    both = times and times[over] and times[under]
+    return times[over]["seconds"] / times[under]["seconds"] if both else None
 
 
 def _name(phase: str, size: int) -> str:
@@ -146,7 +150,7 @@ def kv_frame(result: dict[str, Any]) -> pd.DataFrame:
             rows.append({**{name: row[name] for name in names}, "full": full,
                          "expected": row["execution_ratio"] * full, "filled": row["kv_filled"],
                          "allocated": row["kv_bytes"]})  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*KEYS, "execution_ratio", *CACHE])
 
 
 def kv_error(result: dict[str, Any]) -> float | None:
@@ -163,11 +167,9 @@ def _loading(result: dict[str, Any]) -> float | None:
 
 def latency_frame(result: dict[str, Any]) -> pd.DataFrame:
     """phase, size, format, variant, ratio, and milliseconds: ms, low, high (quartiles); rows as measured."""
-    frame = pd.DataFrame(result["times"])
+    frame = pd.DataFrame(result["times"], columns=[*KEYS, "seconds", "low", "high", "count"])
     scaled = {"ms": 1000 * frame.seconds, "low": 1000 * frame.low, "high": 1000 * frame.high}
-    return frame.assign(**scaled)[
-        ["phase", "size", "format", "variant", "ratio", "ms", "low", "high", "count"]
-    ]
+    return frame.assign(**scaled)[[*KEYS, "ms", "low", "high", "count"]]
 
 
 def roofline_frame(result: dict[str, Any]) -> pd.DataFrame:
@@ -195,7 +197,25 @@ def memory_frame(result: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["part", "name", "ratio", "value"])
 
 
+def blocks(asked: dict[str, Any]) -> list[tuple[str, int]]:
+    """(phase, size) of the passes that a benchmark's settings ask for, in the order of measuring."""
+    phases = ("decode", "prefill") if "passes" in asked["parts"] else ()
+    return [(phase, size) for phase in phases for size in asked[phase]]
+
+
+def lacking(result: dict[str, Any]) -> list[str]:
+    """What its settings ask for and the result does not hold, or not yet."""
+    asked, measured = result["settings"], {(row["phase"], row["size"]) for row in result["times"]}
+    passes = [_name(*block) for block in blocks(asked) if block not in measured]
+    names = {"training": "the training step", "search": "the AWQ search"}
+    return passes + [name for part, name in names.items() if part in asked["parts"] and result[part] is None]
+
+
 # Tables.
+
+
+def _unfinished(result: dict[str, Any]) -> str:
+    return f"stopped, or still running, when this was written; not measured: {'; '.join(lacking(result))}"
 
 
 def setting_table(result: dict[str, Any]) -> Table:
@@ -214,6 +234,8 @@ def setting_table(result: dict[str, Any]) -> Table:
         "decoding": f"after {asked['context']} tokens",
         "measured": f"{result['provenance']['finished_at']}, commit {result['provenance']['git_commit']}",
     }
+    if not result["finished"]:
+        rows = {"unfinished": _unfinished(result), **rows}
     text = pd.DataFrame(rows.items(), columns=["setting", "value"])
     return Table("bench_setting", "What was measured, and on what", text, text, ("setting",))
 
@@ -229,13 +251,30 @@ def target_table(result: dict[str, Any]) -> Table:
     notes = [
         "Times are medians of one run. Routes are random: every decoded token executes exactly that share of "
         "the routed layers, each its own; the ideal has as many layers removed.",
-        "A training step is on one row; the AWQ search is over two layers of the shape in float32.",
+        "A training step is on one row.",
+        *_search_notes(result["search"]),
     ]
     if memory := result["memory"]:
         notes.append(f"The file of the packed routed model has {memory['file'] / MIB:.1f} MiB.")
     if result["shape"]["name"] != AIMED_AT:
         notes.insert(0, f"The bounds are meant for {AIMED_AT} on two threads, not for this shape.")
+    if not result["finished"]:
+        notes.insert(0, f"Unfinished: {_unfinished(result)}.")
     return Table("bench_targets", "Targets", text, frame, ("target",), tuple(notes))
+
+
+def _search_notes(search: dict[str, Any] | None) -> list[str]:
+    """The size of the AWQ searches, and why one was left out."""
+    if search is None:
+        return []
+    size = f"{search['layers']} of the shape's layers in float32, on {search['tokens']} calibration tokens"
+    notes = [
+        f"Either AWQ search is over {size}. autoawq's time grows with the tokens, and ours hardly: with more "
+        "of them the ratio is smaller."
+    ]
+    left_out = search["left_out"].items()
+    names = {"native": "Our AWQ search", "autoawq": "autoawq's search"}
+    return notes + [f"{names[name]} was left out: {reason.rstrip('.')}." for name, reason in left_out]
 
 
 def _bound(row: dict[str, Any]) -> str:
@@ -322,9 +361,19 @@ def folder(lab: Lab) -> Path:
     return lab.directory / "bench"
 
 
+def unfinished(path: Path) -> Path:
+    """Where a benchmark is kept until it is finished; an earlier one at `path` stays there till then."""
+    return path.with_name(path.stem + UNFINISHED)
+
+
 def stored(lab: Lab) -> dict[str, Any] | None:
-    """The benchmark of the largest shape there is; None without one."""
-    found = (read_json(folder(lab) / f"{shape}.json") for shape in ORDER)
+    """The benchmark of the largest shape there is, unfinished if it was never finished; None without one.
+
+    An unfinished one of the smallest shape counts for nothing: it is made anew in seconds.
+    """
+    paths = [folder(lab) / f"{shape}.json" for shape in ORDER]
+    paths = [place for path in paths for place in (path, unfinished(path))][:-1]
+    found = (read_json(path) for path in paths)
     return next((r for r in found if isinstance(r, dict) and r.get("schema") == SCHEMA), None)
 
 

@@ -13,24 +13,35 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qtale_lib.benchmark_budget import Deadline, OutOfTime, rounds
 from qtale_lib.benchmark_models import group_size, median_and_quartiles, random_model, twin
 from qtale_lib.config import load_profile
 from qtale_lib.data.encoding import collate
+from qtale_lib.errors import UserError
 from qtale_lib.quantization.apply import search_model
 from qtale_lib.quantization.report import QuantizationReport
 from qtale_lib.training import make_trainer, prepare_model
 
 METHODS = {"plain": "full", "routed": "qtale"}
-SEARCHED_LAYERS = 2  # the search goes layer by layer: its time is proportional to their number
-SEARCHED_TEXTS = 8
+# A search goes layer by layer: its time is proportional to their number. autoawq tries clips on every token,
+# or on 512 to 1023 of more, ours on second moments: few tokens favour autoawq. So many are a minute or one
+# and a half for either at tinyllama-1.1b on 2 cores.
+SEARCHED_LAYERS, SEARCHED_TOKENS = 1, 64
+BITS = 4
+NARROW = {
+    "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 64,
+}  # fmt: skip
 RECIPE = "tiny"
 
 
-def training_times(model: PreTrainedModel, tokens: int, repeats: int, clock: Callable) -> dict[str, Any]:
+def training_times(
+    model: PreTrainedModel, tokens: int, repeats: int, clock: Callable, end: float
+) -> dict[str, Any]:
     """Seconds of a training step on one row of so many tokens: "plain" (LoRA alone) and "routed" (QTALE).
 
     model: bfloat16; its tensors are shared and stay as they are.
-    clock(work): seconds that a call of `work` takes.
+    clock(work): seconds that a call of `work` takes; end: when the rounds should end, by time.monotonic.
     """
     profile = load_profile(RECIPE, max_steps=1)
     ids = torch.randint(model.config.vocab_size, (tokens,)).tolist()
@@ -44,7 +55,7 @@ def training_times(model: PreTrainedModel, tokens: int, repeats: int, clock: Cal
             trainer.create_optimizer()
             trainer.state.max_steps = 1
             steps[name] = partial(_step, trainer, collate([row], 0))
-        return {"tokens": tokens, **_interleaved(steps, repeats, clock)}
+        return {"tokens": tokens, **_interleaved(steps, repeats, clock, end)}
 
 
 def _step(trainer: Any, batch: dict[str, torch.Tensor]) -> None:
@@ -54,31 +65,52 @@ def _step(trainer: Any, batch: dict[str, torch.Tensor]) -> None:
     trainer.model.zero_grad()
 
 
-def search_times(config: dict[str, Any], tokens: int, clock: Callable) -> dict[str, Any]:
-    """Seconds of a 4-bit AWQ search, "native" and "autoawq", over two layers of the shape in float32, on
-    SEARCHED_TEXTS rows of so many random tokens; each twice, the second counts.
-    """
-    from qtale_lib.quantization.autoawq_backend import search_with_autoawq  # Linux only
-
-    small = random_model({**config, "num_hidden_layers": SEARCHED_LAYERS}, "cpu").float()
-    rows = torch.randint(config["vocab_size"], (SEARCHED_TEXTS, tokens)).tolist()
-    group = group_size(small.config)
-
-    def native() -> None:
-        search_model(small, rows, QuantizationReport("awq", "native", 4, group, 16))
-
-    searches = {"native": native, "autoawq": lambda: search_with_autoawq(small, rows, 4, group)}
-    sizes = {"layers": SEARCHED_LAYERS, "texts": SEARCHED_TEXTS, "tokens": tokens}
-    return {**sizes, **_interleaved(searches, 1, clock)}
-
-
-def _interleaved(works: dict[str, Callable], repeats: int, clock: Callable) -> dict[str, dict[str, float]]:
+def _interleaved(
+    works: dict[str, Callable], repeats: int, clock: Callable, end: float
+) -> dict[str, dict[str, float]]:
     """Median and quartiles of each, in rounds of a random order; a first round is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     draw = random.Random(0)
     for work in works.values():
         work()
-    for _ in range(repeats):
+    for _ in rounds(repeats, end):
         for name in draw.sample(list(works), len(works)):
             taken[name].append(clock(works[name]))
     return {name: median_and_quartiles(times) for name, times in taken.items()}
+
+
+def search_times(config: dict[str, Any], clock: Callable, end: float) -> dict[str, Any]:
+    """Seconds of a 4-bit AWQ search, "native" and "autoawq", over SEARCHED_LAYERS of the shape in float32 on
+    one row of SEARCHED_TOKENS random tokens; each once, after one on a narrow model.
+
+    A search that has not ended by `end` (of time.monotonic), or cannot be made, is None; "left_out" holds the
+    reason by its name.
+    """
+    narrow, model = (
+        random_model({**config, **changes, "num_hidden_layers": SEARCHED_LAYERS}, "cpu").float()
+        for changes in (NARROW, {})
+    )
+    rows = torch.randint(config["vocab_size"], (1, SEARCHED_TOKENS)).tolist()
+    found: dict[str, Any] = {"layers": SEARCHED_LAYERS, "tokens": SEARCHED_TOKENS, "left_out": {}}
+    for name, search in SEARCHES.items():
+        found[name] = None
+        try:
+            with Deadline(end):
+                search(narrow, rows)
+                found[name] = median_and_quartiles([clock(partial(search, model, rows))])
+        except (OutOfTime, UserError, ImportError) as reason:
+            found["left_out"][name] = str(reason)
+    return found
+
+
+def _search(model: PreTrainedModel, rows: list[list[int]]) -> None:
+    search_model(model, rows, QuantizationReport("awq", "native", BITS, group_size(model.config), 16))
+
+
+def _search_with_autoawq(model: PreTrainedModel, rows: list[list[int]]) -> None:
+    from qtale_lib.quantization.autoawq_backend import search_with_autoawq  # installed on Linux only
+
+    search_with_autoawq(model, rows, BITS, group_size(model.config))
+
+
+SEARCHES = {"native": _search, "autoawq": _search_with_autoawq}

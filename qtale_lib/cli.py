@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -345,7 +346,7 @@ def bench(
     context: Annotated[int | None, typer.Option(help="Tokens before the first decoded one.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of torch; its own choice if not given.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="Leave out rounds to end in about so long; one of each remains.")
+        float | None, typer.Option(help="Leave out rounds, but one, and searches to end in about so long.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda, if not the shape's own.")] = None,
     profile: ProfileName = "tiny",
@@ -365,8 +366,11 @@ def bench(
     ).complete()  # fmt: skip
     path = out or benchmark_report.folder(Lab(profile)) / f"{shape}.json"
     _check_writable(path)
-    result = measure(settings, typer.echo)
+    unfinished = benchmark_report.unfinished(path)
+    typer.echo(f"what is measured is kept, until all is, in {_short(unfinished.resolve())}")
+    result = measure(settings, typer.echo, partial(write_json, unfinished))
     write_json(path, result)
+    unfinished.unlink(missing_ok=True)
     for table in benchmark_report.printed(result):
         _print(table)
     typer.echo(f"result: {_short(path.resolve())}")

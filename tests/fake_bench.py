@@ -17,7 +17,10 @@ def made_up(prefill=(512,), decode=(1, 16), shape: str = "tinyllama-1.1b", **cha
     cells = [*(("decode", size) for size in decode), *(("prefill", size) for size in prefill)]
     result = {
         "schema": SCHEMA,
-        "settings": {"repeats": 3, "context": 32},
+        "settings": {
+            "parts": ["passes", "training", "search"], "prefill": list(prefill), "decode": list(decode),
+            "repeats": 3, "context": 32,
+        },
         "shape": {"name": shape, "routed_layers": ROUTED, "config": {"num_hidden_layers": 10}},
         "machine": {
             "cpu": "a processor", "gpu": None, "cores": 2, "threads": 2, "memory_bytes": 2**34,
@@ -31,11 +34,21 @@ def made_up(prefill=(512,), decode=(1, 16), shape: str = "tinyllama-1.1b", **cha
         ],
         "memory": {"file": 10**9, "added": 1.1e9, "group": 128},
         "training": {"plain": {"seconds": 1.0}, "routed": {"seconds": 1.1}, "tokens": 128},
-        "search": {"native": {"seconds": 0.5}, "autoawq": {"seconds": 1.0}, "layers": 2},
+        "search": {
+            "native": {"seconds": 0.5}, "autoawq": {"seconds": 1.0},
+            "layers": 1, "tokens": 64, "left_out": {},
+        },
         "provenance": {"finished_at": "2026-01-01T00:00:00+00:00", "git_commit": "0" * 40},
+        "finished": True,
         **changes,
     }  # fmt: skip
     return {**result, "targets": targets(result)}
+
+
+def stopped(decode=(1,), shape: str = "tinyllama-1.1b", **changes: Any) -> dict[str, Any]:
+    """A result of whose blocks only those of `decode` were measured before it was stopped."""
+    asked = made_up()["settings"]
+    return made_up((), decode, shape, settings=asked, training=None, search=None, finished=False, **changes)
 
 
 def rows(phase: str, size: int, form: str) -> list[dict[str, Any]]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import json
+import math
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
 import torch
-from fake_bench import made_up
+from fake_bench import made_up, stopped
 from test_cli import qtale
 from typer.testing import CliRunner
 
-from qtale_lib import benchmark, benchmark_models, benchmark_report, benchmark_work, cli
+from qtale_lib import benchmark, benchmark_budget, benchmark_models, benchmark_report, benchmark_work, cli
 from qtale_lib.adaptive import record_routes
 from qtale_lib.benchmark import Cell, Settings, Subject, Variant
+from qtale_lib.benchmark_budget import Budget, Deadline, OutOfTime, rounds
 from qtale_lib.benchmark_models import (
     Family,
     draw_routes,
@@ -37,6 +42,7 @@ SIZES = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 ROUTED = 4
+CLOCK = partial(benchmark.seconds, device="cpu")
 ids = torch.arange(12)[None] % 70
 
 
@@ -159,16 +165,45 @@ def test_weights_read_are_those_of_the_layers_executed(plain):
 
 
 @pytest.fixture(scope="module")
-def result():
+def small_shape():
     shape = benchmark_models.BenchShape(lambda: dict(SIZES), "cpu", (16,), (1, 2), context=16, repeats=2)
-    said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(benchmark_models.SHAPES, "tiny", shape)
         patch.setattr(benchmark, "COPIED", 2**20)
-        parts = ("passes", "training")
-        made = benchmark.bench(Settings("tiny", parts, ratios=(0.5, 1.0), threads=1), said.append)
-    assert len(said) == 5
-    return made
+        yield
+
+
+@pytest.fixture(scope="module")
+def kept(small_shape):
+    """Every state of a result that was given to be kept, in order."""
+    said, states = [], []
+    settings = Settings("tiny", ("passes", "training"), ratios=(0.5, 1.0), threads=1)
+    made = benchmark.bench(settings, said.append, lambda state: states.append(copy.deepcopy(state)))
+    assert len(said) == 5 and made == states[-1]
+    return states
+
+
+@pytest.fixture(scope="module")
+def result(kept):
+    return kept[-1]
+
+
+def test_every_block_of_passes_and_every_part_is_kept_as_soon_as_it_is_measured(kept):
+    assert [state["finished"] for state in kept] == [False, False, False, True]
+    blocks = ["decode, batch 1", "decode, batch 2", "prefill 16", "the training step"]
+    assert [benchmark_report.lacking(state) for state in kept] == [blocks[1:], blocks[2:], blocks[3:], []]
+    for state in kept:
+        assert state["times"] == kept[-1]["times"][: len(state["times"])]
+        assert state["memory"]["file"] > 10**4 and state["targets"] == benchmark_report.targets(state)
+        assert state["provenance"]["seconds"] > 0
+
+
+def test_a_budget_is_kept_by_training_and_search_too(small_shape):
+    settings = Settings("tiny", ("training", "search"), seconds=0.001, repeats=50, threads=1)
+    made = benchmark.bench(settings, lambda line: None)
+    assert made["training"]["plain"]["count"] == made["training"]["routed"]["count"] == 1
+    assert made["search"]["native"] is made["search"]["autoawq"] is None and made["finished"]
+    assert set(made["search"]["left_out"]) == {"native", "autoawq"}
 
 
 def test_the_result_is_whole_and_readable(result, tmp_path):
@@ -216,8 +251,7 @@ def test_the_caches_of_a_run_hold_r_of_a_full_one(result):
 
 def test_a_training_step_leaves_the_shared_model_alone(plain):
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-    clock = partial(benchmark.seconds, device="cpu")
-    times = benchmark_work.training_times(plain, 12, 1, clock)
+    times = benchmark_work.training_times(plain, 12, 1, CLOCK, math.inf)
     assert times["plain"]["seconds"] > 0 and times["routed"]["seconds"] > 0
     after = plain.state_dict()
     assert before.keys() == after.keys()
@@ -225,12 +259,64 @@ def test_a_training_step_leaves_the_shared_model_alone(plain):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="autoawq is installed on Linux only")
-def test_both_awq_searches_are_timed():
-    config = {**SIZES, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
-    config["num_key_value_heads"] = 1
-    times = benchmark_work.search_times(config, 16, partial(benchmark.seconds, device="cpu"))
+def test_both_awq_searches_are_timed_over_one_layer_and_few_tokens():
+    times = benchmark_work.search_times(SIZES, CLOCK, math.inf)
     assert times["native"]["seconds"] > 0 and times["autoawq"]["seconds"] > 0
-    assert (times["layers"], times["tokens"]) == (2, 16)
+    assert (times["layers"], times["tokens"], times["left_out"]) == (1, 64, {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="autoawq is installed on Linux only")
+def test_what_autoawq_cannot_search_is_left_out_with_its_reason():
+    times = benchmark_work.search_times({**SIZES, "num_key_value_heads": 1}, CLOCK, math.inf)
+    assert times["native"]["seconds"] > 0 and times["autoawq"] is None
+    assert "multiples of 64" in times["left_out"]["autoawq"]
+
+
+def test_a_search_that_does_not_end_in_time_is_stopped_and_left_out(monkeypatch):
+    def endless(model, rows):
+        for _ in itertools.count():
+            torch.ones(1).add(1)
+
+    searches = {"native": lambda model, rows: None, "autoawq": endless}
+    monkeypatch.setattr(benchmark_work, "SEARCHES", searches)
+    times = benchmark_work.search_times(SIZES, CLOCK, time.monotonic() + 1)
+    assert times["native"]["count"] == 1 and times["autoawq"] is None
+    assert times["left_out"] == {"autoawq": "it had not ended after the 1 s that --seconds left for it"}
+
+
+def test_a_deadline_stops_work_at_its_next_call_of_torch_and_only_then():
+    with Deadline(math.inf):
+        assert torch.ones(2).sum() == 2
+    with pytest.raises(OutOfTime, match="0 s"), Deadline(0.0):
+        torch.ones(2).sum()
+    assert torch.ones(2).sum() == 2
+
+
+class Clock:
+    """Time that passes only when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(benchmark_budget.time, "monotonic", lambda: self.now)
+
+
+def test_a_budget_is_shared_by_the_pieces_that_are_left(monkeypatch):
+    clock = Clock(monkeypatch)
+    budget = Budget(60, 3)
+    assert budget.next_end() == 120
+    clock.now = 110  # sooner than it had to
+    assert budget.next_end() == 135
+    clock.now = 150
+    assert budget.next_end() == 160
+    assert Budget(None, 1).next_end() == math.inf
+
+
+@pytest.mark.parametrize(("end", "count"), [(0, 1), (119, 1), (120, 2), (149, 4), (math.inf, 5)])
+def test_rounds_that_would_end_too_late_are_left_out(monkeypatch, end, count):
+    clock = Clock(monkeypatch)
+    for _ in rounds(5, end):
+        clock.now += 10
+    assert clock.now == 100 + 10 * count
 
 
 def test_a_budget_of_seconds_leaves_rounds_out(plain):
@@ -291,6 +377,24 @@ def test_what_was_not_measured_is_neither_met_nor_missed(changes, left):
     assert (verdicts == "not measured here").sum() == 15 - left
 
 
+def test_a_search_that_was_left_out_is_named_with_its_reason():
+    search = {"native": {"seconds": 0.5}, "autoawq": None, "layers": 1, "tokens": 64}
+    table = benchmark_report.target_table(made_up(search={**search, "left_out": {"autoawq": "no time"}}))
+    assert table.text.verdict.iloc[-1] == "not measured here"
+    assert "autoawq's search was left out: no time." in table.notes
+    sizes = [note for note in table.notes if "1 of the shape's layers in float32, on 64" in note]
+    assert len(sizes) == 1
+
+
+def test_an_unfinished_result_says_what_it_lacks_and_a_finished_one_nothing():
+    lacks = "decode, batch 16; prefill 512; the training step; the AWQ search"
+    for result, said in ((stopped(), True), (made_up(), False)):
+        setting = benchmark_report.setting_table(result).text
+        assert (setting.setting.iloc[0] == "unfinished" and lacks in setting.value.iloc[0]) is said
+        assert any(lacks in note for note in benchmark_report.target_table(result).notes) is said
+    assert len(benchmark_report.latency_table(stopped()).text)
+
+
 def test_a_ratio_near_the_half_stands_for_it_and_a_distant_one_does_not():
     times = benchmark_report.Times(made_up())
     assert times.row("decode", 1, "bf16", "ideal", 0.45)["ratio"] == 0.5
@@ -345,7 +449,7 @@ def test_a_shape_for_a_gpu_says_so():
 
 def test_options_choose_a_part(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(benchmark, "bench", lambda settings, say: asked.append(settings) or made_up())
+    monkeypatch.setattr(benchmark, "bench", lambda settings, *_: asked.append(settings) or made_up())
     path = tmp_path / "deep" / "a.json"
     options = {"shape": "tiny", "prefill": "none", "decode": "1,16", "formats": "int4", "ratios": "0.5,1"}
     options |= {"repeats": "2", "seconds": "9", "out": str(path)}
@@ -356,6 +460,39 @@ def test_options_choose_a_part(monkeypatch, tmp_path):
     (given,) = asked
     assert (given.prefill, given.decode, given.formats, given.ratios) == ((), (1, 16), ("int4",), (0.5, 1.0))
     assert (given.repeats, given.seconds, given.context) == (2, 9.0, 16)
+
+
+def test_what_was_measured_before_a_kill_is_kept_and_an_earlier_result_too(monkeypatch, tmp_path):
+    def killed(settings, say, keep):
+        keep(stopped())
+        raise KeyboardInterrupt
+
+    def whole(settings, say, keep):
+        keep(stopped())
+        keep(made_up())
+        return made_up()
+
+    path, unfinished = tmp_path / "a.json", tmp_path / "a.unfinished.json"
+    words = ["bench", "--shape", "tiny", "--out", str(path)]
+    for measure, left in ((killed, {unfinished}), (whole, {path}), (killed, {path, unfinished})):
+        monkeypatch.setattr(benchmark, "bench", measure)
+        CliRunner().invoke(cli.app, words)
+        assert set(tmp_path.iterdir()) == left
+    assert read_json(path)["finished"] and read_json(unfinished) == json.loads(json.dumps(stopped()))
+
+
+def test_an_unfinished_benchmark_is_shown_if_there_is_no_finished_one_of_its_shape(tmp_path):
+    lab = Lab("smoke", tmp_path)
+
+    def shown_with(name: str, bench: dict) -> tuple[str, bool] | None:
+        write_json(benchmark_report.folder(lab) / name, bench)
+        found = benchmark_report.stored(lab)
+        return found and (found["shape"]["name"], found["finished"])
+
+    assert shown_with("tiny.unfinished.json", stopped(shape="tiny")) is None  # made anew in seconds
+    assert shown_with("tiny.json", made_up(shape="tiny")) == ("tiny", True)
+    assert shown_with("tinyllama-1.1b.unfinished.json", stopped()) == ("tinyllama-1.1b", False)
+    assert shown_with("tinyllama-1.1b.json", made_up()) == ("tinyllama-1.1b", True)
 
 
 def test_the_largest_shape_is_shown_and_a_small_one_measured_if_there_is_none(tmp_path):

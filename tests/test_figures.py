@@ -38,6 +38,7 @@ MANY = Measurements(FakeLab(tasks=["arc_easy", "mmlu", "alpaca"])).theta_curves(
 VARIANTS = {
     "one pass": lambda: benchmark_figures.latency(benchmark_report.latency_frame(made_up(decode=()))),
     "no packed model": lambda: benchmark_figures.memory(benchmark_report.memory_frame(made_up(memory=None))),
+    "no prompt": lambda: benchmark_figures.memory(benchmark_report.memory_frame(made_up(prefill=()))),
     "one task": lambda: figures.heatmaps(STORE.ratios_by_layer("dllm").query("task == 'siqa'")),
     "ratios of several seeds": lambda: figures.ratios_and_flips(SEEDS.lowest_by_epoch("dllm")),
     "flips of several seeds": lambda: figures.flips_compared(SEEDS.lowest_by_epoch("dllm", "qtale")),

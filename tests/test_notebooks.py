@@ -9,7 +9,7 @@ from statistics import median
 
 import nbformat
 import pytest
-from fake_bench import made_up
+from fake_bench import made_up, stopped
 from fake_lab import FakeLab
 
 from qtale_lib import benchmark_report, claims
@@ -120,19 +120,28 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("part", PARTS)
-@each
-def test_every_cell_runs_on_any_part_of_a_profile(path, part, tmp_path, monkeypatch):
+def fake_lab(folder: Path, **parts) -> FakeLab:
+    lab = FakeLab(questions=40, **parts)
+    lab.figures, lab.tables, lab.directory = folder / "figures", folder / "tables", folder
+    return lab
+
+
+def run_cells(path: Path, lab: FakeLab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cells in order, in one namespace, with a made-up lab in place of the profile's."""
-    lab = FakeLab(questions=40, **PARTS[part])
-    lab.figures, lab.tables, lab.directory = tmp_path / "figures", tmp_path / "tables", tmp_path
-    write_json(benchmark_report.folder(lab) / "tiny.json", made_up())
     monkeypatch.setattr("qtale_lib.lab.Lab", lambda profile: lab)
     monkeypatch.chdir(FOLDER)
     monkeypatch.syspath_prepend(".")
     namespace: dict = {}
     for cell in code_cells(path):
         exec(compile(cell.source, cell.id, "exec"), namespace)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@each
+def test_every_cell_runs_on_any_part_of_a_profile(path, part, tmp_path, monkeypatch):
+    lab = fake_lab(tmp_path, **PARTS[part])
+    write_json(benchmark_report.folder(lab) / "tiny.json", made_up())
+    run_cells(path, lab, monkeypatch)
     assert lab.ensured == [path.stem[:2]]
     written = {
         file.name for folder in (lab.figures, lab.tables) if folder.exists() for file in folder.iterdir()
@@ -140,3 +149,20 @@ def test_every_cell_runs_on_any_part_of_a_profile(path, part, tmp_path, monkeypa
     assert any(re.match(r"((figures?|tables?)_\d|bench_)", name) for name in written)
     for name in written:
         assert {f"{Path(name).stem}.csv"} <= written
+
+
+@pytest.mark.parametrize(
+    ("bench", "lacks"),
+    [
+        (stopped(), "decode, batch 16; prefill 512; the training step; the AWQ search"),
+        (stopped(decode=(), memory=None, weights=[]), "decode, batch 1; decode, batch 16; prefill 512"),
+    ],
+    ids=["passes begun", "no passes"],
+)
+def test_a_benchmark_that_was_stopped_is_shown_as_such(bench, lacks, tmp_path, monkeypatch):
+    lab = fake_lab(tmp_path, **PARTS["smoke"])
+    write_json(benchmark_report.folder(lab) / "tinyllama-1.1b.unfinished.json", bench)
+    run_cells(PATHS[-1], lab, monkeypatch)
+    for name in ("bench_setting", "bench_targets"):
+        written = (lab.tables / f"{name}.md").read_text().lower()
+        assert "unfinished" in written and lacks.lower() in written

@@ -71,7 +71,7 @@ def test_a_base_is_known_by_what_differs_from_the_shipped_one(tmp_path):
         ({"group_size": 128}, "must be -1, or divide every base's widths"),
         ({"bases": []}, "must be a list"),
         ({"bases": [{}, {}]}, "must be a list of at least one, none twice"),
-        ({"bases": [{}, {"hidden": 64}]}, "none twice"),
+        ({"bases": [{}, {"hidden": 48}]}, "none twice"),
         ({"bases": [{"width": 64}]}, "width"),
         ({"bases": [{"hidden": 63}]}, "must be a multiple of 8"),
         ({"bases": [{"hidden": "x"}]}, "must be a multiple of 8"),
@@ -133,7 +133,7 @@ def test_a_base_is_pretrained_once_and_studied(tmp_path):
     assert len(said) == 1 and density.compute(study, 1, said.append, tmp_path) == [] and len(said) == 1
     found = density.frame(study, tmp_path)
     assert list(found.bits) == [3, 16] and found.accuracy.between(0, 100).all()
-    layer = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 128
+    layer = 48 * 48 * 2 + 2 * 48 * 24 + 3 * 48 * 128
     assert found.weights[0] == pytest.approx(3 * layer, rel=0.01)
     shown = density.table(study, tmp_path)
     assert list(shown.text.columns) == [

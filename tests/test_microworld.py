@@ -248,7 +248,6 @@ def test_base_model_is_as_its_card_says():
     assert sum(tensor.numel() for tensor in load_file(weights).values()) == record["parameters"]
     config = AutoConfig.from_pretrained(directory)
     assert config.architectures == ["LlamaForCausalLM"] and config.num_hidden_layers >= 10
-    assert config.hidden_size % 64 == 0 and config.intermediate_size % 128 == 0
     assert record["sha256"]["model.safetensors"] in (directory / "README.md").read_text()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     for task in ALL_TASKS:

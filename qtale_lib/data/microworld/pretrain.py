@@ -35,7 +35,7 @@ class Recipe:
     """Hyperparameters of pretraining; `tokens` counts all positions, prompts of questions included."""
 
     layers: int = 10
-    hidden: int = 64
+    hidden: int = 48
     intermediate: int = 128
     heads: int = 4
     key_value_heads: int = 2

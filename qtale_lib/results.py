@@ -19,6 +19,7 @@ from qtale_lib.effects import paper_rule
 from qtale_lib.measurements import Measurements, group_of
 from qtale_lib.provenance import device_name, git_commit, versions
 from qtale_lib.statistics import POWER, RULE
+from qtale_lib.sweep import chosen
 from qtale_lib.tables import NOT_RUN, Table, beside, number, with_errors
 
 ERRORS = (
@@ -49,6 +50,7 @@ def setting(store: Measurements) -> Table:
             _listed(store.profile, name) for name in ("methods", "bits", "seeds")
         ),
         "quantizer": quantizer(store.profile),
+        "recipe": chosen(store.profile),
         "git commit": git_commit() or "no checkout",
         "device": device_name(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -129,7 +131,7 @@ def accuracy_table(store: Measurements) -> Table:
         cells,
         ("bits", "method", "task"),
         (
-            f"Below 16 bits: {quantizer(store.profile)}.",
+            f"Below 16 bits: {quantizer(store.profile)}. Recipe: {chosen(store.profile)}.",
             *ERRORS,
             RULES_NOTE,
             *((NOISY_NOTE,) if "noisy_full" in store.profile.methods else ()),

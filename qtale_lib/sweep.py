@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import AfterValidator, Field, ValidationError
 
 from qtale_lib import paper
-from qtale_lib.config import Profile
+from qtale_lib.config import Profile, load_profile
 from qtale_lib.jobs import all_jobs
 from qtale_lib.lab import Lab
 from qtale_lib.measurements import USUAL_RULE
@@ -25,6 +25,8 @@ from qtale_lib.profile_files import read_profile, shown
 from qtale_lib.tables import Table, number
 
 RECIPE = Path(__file__).parent / "sweeps" / "recipe.yaml"
+FROZEN = "tiny"  # the profile that has what the shipped sweep chose
+SWEPT = ("base", "max_steps", "training", "lora", "routing")
 MEASURES = ("acc", "expected_acc", "open_acc", "nll", "loss_ratio")
 
 
@@ -96,6 +98,17 @@ def _changed(own: dict[str, Any], factor: str, value: Any, sweep: Sweep) -> Prof
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     both = {k: _merged(old[k], v) if isinstance(v, dict) else v for k, v in new.items()}
     return {**old, **both}
+
+
+def chosen(profile: Any) -> str:
+    """How a profile's recipe was chosen, for readers of its tables."""
+    frozen = load_profile(FROZEN)
+    if any(getattr(profile, part, None) != getattr(frozen, part) for part in SWEPT):
+        return "the profile's own; no sweep of this suite chose it"
+    tried = len(settings(load_sweep()))
+    return (
+        f"for all methods alike, chosen on validation questions among {tried} settings (sweeps/recipe.yaml)"
+    )
 
 
 def compute(sweep: Sweep, root: Path | None = None) -> list[Outcome]:

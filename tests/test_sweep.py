@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -122,3 +123,11 @@ def test_settings_that_a_method_does_not_have_cost_it_nothing(tmp_path, monkeypa
     monkeypatch.setattr(Lab, "compute", lambda lab, jobs: wanted.extend(jobs) or [])
     assert sweep.compute(loaded, tmp_path) == []
     assert set(wanted) == set(all_jobs(labs[0].profile)) >= {Job(Run("arc_easy", "full", 0))}
+
+
+def test_tables_say_how_the_recipe_was_chosen():
+    tried = len(sweep.settings(sweep.load_sweep()))
+    assert f"among {tried} settings" in sweep.chosen(load_profile("tiny"))
+    assert f"among {tried} settings" in sweep.chosen(load_profile("tiny-full"))
+    for other in (load_profile("smoke"), load_profile("tiny", training={"lr": 0.5}), SimpleNamespace()):
+        assert "no sweep of this suite chose it" in sweep.chosen(other)

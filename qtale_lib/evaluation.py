@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +127,15 @@ def _score_batch(
         needed
     ).float()  # [positions that predict a continuation token, vocabulary]
     log_probabilities, greedy = logits.log_softmax(-1).cpu(), logits.argmax(-1).cpu()
-    end = 0
-    for indices, start, ids in zip(members, starts, fed, strict=True):
-        end += len(ids) - start
-        for index in indices:
-            continuation = torch.tensor(pairs[index][1])
-            rows = slice(end - len(continuation), end)
-            scores.log_probabilities[index] = log_probabilities[rows].gather(-1, continuation[:, None])[:, 0]
-            scores.greedy[index] = torch.equal(greedy[rows], continuation)
+    ends = accumulate(len(ids) - start for start, ids in zip(starts, fed, strict=True))
+    owners = [(index, end) for indices, end in zip(members, ends, strict=True) for index in indices]
+    continuations = [pairs[index][1] for index, _ in owners]
+    lengths = [len(continuation) for continuation in continuations]
+    rows = torch.cat([torch.arange(end - n, end) for (_, end), n in zip(owners, lengths, strict=True)])
+    tokens = torch.tensor(list(chain(*continuations)))
+    right = log_probabilities[rows, tokens].split(lengths), (greedy[rows] == tokens).split(lengths)
+    for (index, _), values, are_greedy in zip(owners, *right, strict=True):
+        scores.log_probabilities[index], scores.greedy[index] = values, bool(are_greedy.all())
 
 
 def _hidden_states(model: nn.Module, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -271,7 +271,7 @@ language model.
 | tokens | {recipe["tokens"]:,} in windows of {recipe["window"]} |
 | steps | {recipe["steps"]:,} of {recipe["batch"]} windows |
 | optimizers | Muon (matrices, lr {recipe["muon_lr"]}), AdamW (the rest, lr {recipe["adam_lr"]}) |
-| time | {record["seconds"]:,} s, {record["threads"]} threads (torch {record["torch"]}) |
+| time | {record["seconds"]:,} s on {record["threads"]} thread{"s" * (record["threads"] > 1)} (torch {record["torch"]}) |
 | weights in the loss | prompts {recipe["prompt_weight"]} a word, answers 1 |
 | final training loss | {record["final_loss"]} |
 | sha256 of `model.safetensors` | `{record["sha256"]["model.safetensors"]}` |

@@ -251,7 +251,8 @@ def write_base(model, tokenizer, recipe: Recipe, directory: Path, loss: float, s
 
 def model_card(record: dict) -> str:
     """The model card, from what `pretraining.json` records."""
-    recipe = record["recipe"]
+    recipe, threads = record["recipe"], record["threads"]
+    cores = "one core" if threads == 1 else f"{threads} cores"
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -271,7 +272,7 @@ language model.
 | tokens | {recipe["tokens"]:,} in windows of {recipe["window"]} |
 | steps | {recipe["steps"]:,} of {recipe["batch"]} windows |
 | optimizers | Muon (matrices, lr {recipe["muon_lr"]}), AdamW (the rest, lr {recipe["adam_lr"]}) |
-| time | {record["seconds"]:,} s on {record["threads"]} thread{"s" * (record["threads"] > 1)} (torch {record["torch"]}) |
+| time | {record["seconds"]:,} s on {cores} (torch {record["torch"]}) |
 | weights in the loss | prompts {recipe["prompt_weight"]} a word, answers 1 |
 | final training loss | {record["final_loss"]} |
 | sha256 of `model.safetensors` | `{record["sha256"]["model.safetensors"]}` |

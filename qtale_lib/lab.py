@@ -312,11 +312,11 @@ class Lab:
 
     def _task(self, job: Job) -> Task:
         after = () if job.bits is None else (Job(job.run).name,)
-        # Evaluations go before the fine-tunings still waiting: whole results early, should this be killed.
+        # A seed is finished before the next is begun, its evaluations before the fine-tunings that still wait:
+        # whole results early, should this be killed.
+        rank = 2 * self.profile.seeds.index(job.run.seed) + int(job.bits is None)
         arguments = (self.profile, self.directory.parent, job)
-        return Task(
-            job.name, _perform, arguments, after, expected_seconds(self.profile, job), int(job.bits is None)
-        )
+        return Task(job.name, _perform, arguments, after, expected_seconds(self.profile, job), rank)
 
     def ensure(self, notebook: str) -> None:
         """Compute what is missing of what a notebook shows; UserError naming what failed.

@@ -318,6 +318,24 @@ def test_subset_is_seeded_spread_and_ordered():
     assert subset(examples, None) == subset(examples, 5000) == examples
 
 
+def test_subset_takes_as_many_distinct_facts_as_there_are():
+    def example(index: int, *facts: str) -> Example:
+        return Example(str(index), "boolq", {}, ("yes", "no"), 0, facts=facts)
+
+    examples = [example(i, f"fact{i % 40}") for i in range(400)]
+    met = [e.facts[0] for e in subset(examples, 100)]
+    assert {met.count(fact) for fact in met} == {2, 3} and len(set(met)) == 40
+    pairs = [example(i, f"person{i}", f"town{i % 7}") for i in range(400)]
+    towns = [e.facts[1] for e in subset(pairs, 70)]
+    assert {towns.count(town) for town in towns} == {10}
+
+
+@pytest.mark.parametrize("task", ["piqa", "boolq", "siqa", "arc_easy", "arc_challenge", "openbookqa", "mmlu"])
+def test_a_thousand_training_rows_rest_on_a_thousand_facts(task):
+    facts = {fact for e in subset(load_task(task, "train"), 1000) for fact in e.facts}
+    assert len(facts) >= 990  # openbookqa's 4,000 rows rest on 999
+
+
 def test_data_hash_sees_content_and_order():
     one, two = (Example(i, "boolq", {"question": "q"}, ("yes", "no"), 0) for i in "12")
     other = Example("1", "boolq", {"question": "q!"}, ("yes", "no"), 0)

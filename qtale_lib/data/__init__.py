@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,10 +40,22 @@ def read_task(name: str, split: str, data_dir: str | Path | None = None) -> Load
 
 def subset(examples: list[Example], limit: int | None, seed: int = 0) -> list[Example]:
     """At most `limit` examples, drawn by a fixed seed over the whole list and kept in its order (files are
-    often sorted by subject, so their first rows are no sample)."""
+    often sorted by subject, so their first rows are no sample).
+
+    Those on facts that none drawn before rests on go first, then those on facts met once, and so on: as many
+    distinct facts as there can be, evenly. Without facts it is a plain sample.
+    """
     if limit is None or limit >= len(examples):
         return list(examples)
-    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
+    drawn = random.Random(seed).sample(range(len(examples)), len(examples))
+    met: Counter[str] = Counter()
+    repeats = {}
+    for index in drawn:
+        facts = examples[index].facts
+        repeats[index] = max((met[fact] for fact in facts), default=0)
+        met.update(facts)
+    chosen = sorted(drawn, key=repeats.__getitem__)[:limit]  # stable: as drawn within equal repeats
+    return [examples[index] for index in sorted(chosen)]
 
 
 def data_hash(examples: list[Example]) -> str:

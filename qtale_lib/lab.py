@@ -312,7 +312,7 @@ class Lab:
 
     def _task(self, job: Job) -> Task:
         after = () if job.bits is None else (Job(job.run).name,)
-        # A seed is finished before the next is begun, its evaluations before the fine-tunings that still wait:
+        # A seed is finished before the next is begun, its evaluations before fine-tunings that still wait:
         # whole results early, should this be killed.
         rank = 2 * self.profile.seeds.index(job.run.seed) + int(job.bits is None)
         arguments = (self.profile, self.directory.parent, job)

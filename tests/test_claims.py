@@ -185,12 +185,12 @@ def test_a_notebooks_verdicts_are_those_of_the_whole_scoreboard():
         assert len(part) and part.equals(whole.loc[part.index].astype(part.dtypes))
 
 
-def test_the_primary_contrasts_are_the_four_questions_for_accuracy_and_for_perplexity():
+def test_the_primary_contrasts_are_the_five_questions_for_accuracy_and_for_perplexity():
     frame = verdicts(Measurements(FakeLab()))
     primary = frame[frame.family == "primary"].id.tolist()
     questions = (
-        "T1 D-LLM loses more, 3 bits", "T1 QTALE loses less, 3 bits", "T4 QTALE at equal R, 3 bits",
-        "T4 θ control, 3 bits",
+        "T1 D-LLM loses more, 3 bits", "T1 QTALE loses less, 3 bits", "T4 entropy hardens, 3 bits",
+        "T4 QTALE at equal R, 3 bits", "T4 θ control, 3 bits",
     )  # fmt: skip
     assert primary == [f"{question}, {group}" for question in questions for group in ("CSQA", "Alpaca")]
 

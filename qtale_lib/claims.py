@@ -271,6 +271,7 @@ def _row(claim: Claim, case: Case, judged: Judgement) -> dict[str, object]:
         **{name: getattr(claim, name) for name in said},
         **{name: getattr(case.measured, name, None) for name in numbers},
         "effect_spread": _spread_over_seeds(case.measured),
+        "effect_sampling": getattr(case.measured, "sampling_error", None),
         **{name: getattr(judged, name) for name in ("p", "corrected", "power", "seeds_needed")},
         "assumed": case.assumed,
         "verdict": judged.verdict.word,

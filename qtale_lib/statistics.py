@@ -30,12 +30,12 @@ MOST_SEEDS = 10_000
 RULE = (
     "p: two-sided, below 5 % exactly where the 95 % interval lies within the claimed range; then corrected "
     "by Holm's method over the claims of the family that were run. Power: the chance to show the claim if "
-    "the effect were the one that the paper prints (where it prints none within the range: the smallest "
-    "effect of interest; in a range of two ends: its middle), given the spreads measured, at 5 % over the "
-    f"number of those claims; 0 with fewer than 2 seeds and than {MINIMAL_TASKS} tasks, where the spread of "
-    f"fine-tunings is unknown. Seeds for {POWER:.0%}: how many a task would give that power. Shown: "
-    f"corrected p below 5 %. Not testable here: not shown, power below {POWER:.0%}, and the interval not "
-    "wholly outside the range. Otherwise: not shown."
+    "the effect were the one that the paper prints (where it prints none that lies within the range by the "
+    "smallest effect of interest: that effect; in a range of two ends: its middle), given the spreads "
+    "measured, at 5 % over the number of those claims; 0 with fewer than 2 seeds and than "
+    f"{MINIMAL_TASKS} tasks, where the spread of fine-tunings is unknown. Seeds for {POWER:.0%}: how many a "
+    f"task would give that power. Shown: corrected p below 5 %. Not testable here: not shown, power below "
+    f"{POWER:.0%}, and the interval not wholly outside the range. Otherwise: not shown."
 )
 
 
@@ -208,10 +208,11 @@ def _trial_parts(by_task: dict, effects: np.ndarray, sampling: _Part) -> tuple[_
 
 
 def assumed_effect(low: float, high: float, paper: float | None, smallest: float) -> float:
-    """The effect at which power is computed: the paper's if it lies in the range (low, high); else, within a
-    range of two ends their middle, and of one end the smallest effect of interest beyond it.
+    """The effect at which power is computed: the paper's if it lies in the range (low, high), at least the
+    smallest effect of interest away from its ends, for nearer to them no run has power; else, within a range
+    of two ends their middle, and of one end the smallest effect of interest beyond it.
     """
-    if paper is not None and low < paper < high:
+    if paper is not None and low + smallest <= paper <= high - smallest:
         return paper
     if isinf(high):
         return low + smallest

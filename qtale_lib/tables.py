@@ -156,12 +156,13 @@ def _four_digits(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Family:
-    """The committed run of several seeds: its name, their number, a table's numbers; settings that differ
-    though they should not.
+    """The committed run of several seeds: its name, their number, whether those here are among them, the
+    numbers of a table; settings that differ though they should not.
     """
 
     name: str
     seeds: int
+    shared: bool
     frame: pd.DataFrame
     other: list[str]
 
@@ -177,7 +178,8 @@ def _family(table: Table, lab: Lab, root: Path) -> _Family | None:
     if profile["extends"] != lab.profile.name or len(profile["seeds"]) < 2:
         return None
     other = [key for key in _other_settings(lab, provenance) if key not in FULLER]
-    return _Family(name, len(profile["seeds"]), pd.read_csv(path), other)
+    shared = set(lab.profile.seeds) <= set(profile["seeds"])
+    return _Family(name, len(profile["seeds"]), shared, pd.read_csv(path), other)
 
 
 def _among_seeds(
@@ -190,15 +192,19 @@ def _among_seeds(
         (columns, ""), ({spread_of(name): name for name in columns}, " spread")))  # fmt: skip
     base = frame if len(frame) else _long(here, keys, columns, "here").dropna(subset="here")
     base = base.merge(means, "left", on=index).merge(spreads, "left", on=index)
-    variance = base[f"{family.name} spread"] ** 2 * (1 + 1 / family.seeds)
-    if "sampling" in here:  # of the values alone
-        base = base.merge(_long(here, keys, {"sampling": "value"}, "error"), "left", on=index)
+    # seeds that are among the family's move its mean with them
+    sign, way = (-1, "−") if family.shared else (1, "+")
+    variance = base[f"{family.name} spread"] ** 2 * (1 + sign / family.seeds)
+    errors = {error_of(name): name for name in columns if error_of(name) in here}
+    if errors:
+        base = base.merge(_long(here, keys, errors, "error"), "left", on=index)
         variance += base.pop("error").fillna(0.0) ** 2
     z = (base.here - base[family.name]) / np.sqrt(variance.where(variance > 0))
     note = (
         f"{family.name}: mean over its {family.seeds} seeds, and their standard deviation (spread). z: here "
-        "− mean, over √(spread² (1 + 1/seeds) + sampling error²), the sampling error being that of the "
-        "accuracy or PPL here: between −2 and 2 is what one more seed would give."
+        f"− mean, over √(spread² (1 {way} 1/seeds) + sampling error²), the sampling error being that of the "
+        f"score or effect here{', whose seed is one of them' * family.shared}: between −2 and 2 is what one "
+        "seed of several would give."
     )
     if family.other:
         return base.assign(z=np.nan), f"{note} It differs in {', '.join(family.other)}: z does not apply."
@@ -208,6 +214,11 @@ def _among_seeds(
 def spread_of(column: str) -> str:
     """The column that holds a column's standard deviation over seeds."""
     return "spread" if column == "value" else f"{column}_spread"
+
+
+def error_of(column: str) -> str:
+    """The column that holds a column's standard error over questions."""
+    return "sampling" if column == "value" else f"{column}_sampling"
 
 
 def _reference_note(lab: Lab, provenance: Any) -> str:

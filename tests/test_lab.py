@@ -270,7 +270,7 @@ EVALUATED = {**FINETUNED, "bits": 4, "theta": "searched"}
         ({"bits": [16, 4, 3]}, ""),
         ({"tasks": ["arc_easy", "siqa"]}, ""),
         ({"training": {"eval_batch_size": 5}}, ""),
-        ({"training": {"lambda2": 0.5}}, "qtale"),
+        ({"training": {"lambda2": 0.25}}, "qtale"),
         ({"training": {"lambda1": 3}}, "qtale dllm"),
         ({"probes": {"samples": 3}}, "qtale dllm"),
         ({"routing": {"hidden": 4}}, "qtale dllm noisy"),

@@ -234,3 +234,19 @@ def test_identical_answers_are_no_gain():
 def test_nothing_run_is_said():
     assert estimate([]) is None
     assert alone(None).verdict.word == NOT_RUN and isnan(alone(None).power)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "paper", "assumed"),
+    [
+        (0.0, inf, 2.0, 2.0),
+        (0.0, inf, 0.05, 1.0),  # so near to the end that no run could tell
+        (0.0, inf, None, 1.0),
+        (-inf, 0.0, -0.2, -1.0),
+        (-1.0, inf, -0.99, 0.0),
+        (-5.0, 5.0, 4.5, 0.0),
+        (-5.0, 5.0, 3.0, 3.0),
+    ],
+)
+def test_power_is_taken_at_the_papers_effect_unless_that_lies_at_the_bound(low, high, paper, assumed):
+    assert assumed_effect(low, high, paper, smallest=1.0) == assumed

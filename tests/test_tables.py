@@ -310,11 +310,28 @@ def test_a_number_is_placed_among_the_seeds_of_the_full_run(full, tmp_path):
     held = beside.frame.set_index(["task", "column"])
     row = held.loc["piqa", "value"]
     assert (row.here, row["tiny-full"], row["tiny-full spread"]) == (83.0, 80.0, 2.0)
-    assert row.z == pytest.approx(3 / np.sqrt(2.0**2 * 5 / 4 + 1.0**2))
+    assert row.z == pytest.approx(3 / np.sqrt(2.0**2 * 3 / 4 + 1.0**2))  # seed 0 is one of the four
     assert held.z["mmlu", "value"] == pytest.approx(1 / 0.5)  # no spread over seeds: sampling error alone
-    assert held.z["piqa", "R"] == pytest.approx(-0.03 / (0.02 * np.sqrt(5 / 4)))  # no sampling error known
+    assert held.z["piqa", "R"] == pytest.approx(-0.03 / (0.02 * np.sqrt(3 / 4)))  # no sampling error known
     assert "4 seeds" in beside.notes[1] and "No reference run of profile tiny " in beside.notes[0]
-    assert beside.text.z.tolist()[0] == "1.225"
+    assert "(1 − 1/seeds)" in beside.notes[1]
+    other = tables.beside_reference(full(seeds=[5, 6, 7, 8]), reader(), tmp_path)
+    held = other.frame.set_index(["task", "column"])
+    assert held.z["piqa", "value"] == pytest.approx(3 / np.sqrt(2.0**2 * 5 / 4 + 1.0**2))
+    assert "(1 + 1/seeds)" in other.notes[1]
+
+
+def test_an_effect_is_placed_with_the_sampling_error_of_its_questions(tmp_path):
+    folder = tmp_path / "results" / "reference" / "tiny-full"
+    frame = pd.DataFrame({"id": ["a"], "effect": [1.0], "effect_spread": [0.5], "effect_sampling": [0.1]})
+    tables.save(tables.of_numbers("t", "T", frame, ("id",)), folder / "tables")
+    settings = {"name": "tiny-full", "extends": "tiny", "seeds": [0, 1, 2, 3]}
+    profile = load_profile("tiny").model_dump(mode="json") | settings
+    write_json(folder / "provenance.json", {"profile": profile, "base": {"sha256": "a"}})
+    here = frame.assign(effect=3.0, effect_spread=np.nan, effect_sampling=2.0)
+    beside = tables.beside_reference(tables.of_numbers("t", "T", here, ("id",)), reader(), tmp_path)
+    z = beside.frame.set_index("column").z["effect"]
+    assert z == pytest.approx(2 / np.sqrt(0.5**2 * 3 / 4 + 2.0**2))
 
 
 def test_the_full_run_stands_beside_the_reference_of_the_same_profile(full, tmp_path):

@@ -97,7 +97,7 @@ def _gain(store: Measurements, weights: dict[Cell, float]) -> Run:
     answers, (task, _, seed, *_) = [store.answers[cell] for cell in weights], next(iter(weights))
     shares = [answer.scores * answer.weights / answer.weights.mean() for answer in answers]
     gains = _sign(group_of(task)) * np.dot(list(weights.values()), shares)
-    return Run(task, seed, float(gains.mean()), gains, answers[0].clusters)
+    return Run(task, seed, float(gains.mean()), gains, answers[0].shared)
 
 
 def _ratio(store: Measurements, weights: dict[Cell, float], measure: str) -> Run | None:

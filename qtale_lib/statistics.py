@@ -33,9 +33,10 @@ RULE = (
     "the effect were the one that the paper prints (where it prints none that lies within the range by the "
     "smallest effect of interest: that effect; in a range of two ends: its middle), given the spreads "
     "measured, at 5 % over the number of those claims; 0 with fewer than 2 seeds and than "
-    f"{MINIMAL_TASKS} tasks, where the spread of fine-tunings is unknown. Seeds for {POWER:.0%}: how many a "
-    f"task would give that power. Shown: corrected p below 5 %. Not testable here: not shown, power below "
-    f"{POWER:.0%}, and the interval not wholly outside the range. Otherwise: not shown."
+    f"{MINIMAL_TASKS} tasks, where the spread of fine-tunings is unknown, and where the methods share "
+    f"no execution ratio. Seeds for {POWER:.0%}: how many a task would give that power. Shown: "
+    f"corrected p below 5 %. Not testable here: not shown, power below {POWER:.0%}, and the interval not "
+    "wholly outside the range. Otherwise: not shown."
 )
 
 
@@ -45,6 +46,8 @@ class Run:
 
     `differences` [questions] averages to `effect`; `shared` [questions, questions] is 1 where two questions
     share a fact, and 0 elsewhere. Both are None for measurements that are not averages over test questions.
+    `ratios`: the lowest and highest execution ratio of a comparison at equal ones; if there are none in
+    common, `effect` is NaN.
     """
 
     task: str
@@ -52,6 +55,7 @@ class Run:
     effect: float
     differences: np.ndarray | None = None
     shared: csr_array | None = None
+    ratios: tuple[float, float] = (nan, nan)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Estimate:
     standard_error, freedom: of the mean, by Welch and Satterthwaite; sampling_error: the questions' part.
     trial_variance: what the fine-tunings would add to the mean's variance with one seed a task.
     trial_freedom: degrees of freedom that each seed beyond a task's first adds to it.
+    ratio_low, ratio_high: the lowest and highest execution ratio of a comparison at equal ones, else NaN.
     Interval and errors are NaN where neither trials nor questions are repeated.
     """
 
@@ -75,18 +80,25 @@ class Estimate:
     trial_freedom: float
     tasks: int
     seeds: int
+    runs: int
     questions: int
+    ratio_low: float
+    ratio_high: float
     trial: str | None
 
 
 @dataclass(frozen=True)
 class Case:
-    """A claim and its data: an effect in the range (low, high); `assumed`, an effect within, is for power."""
+    """A claim and its data: an effect in the range (low, high); `assumed`, an effect within, is for power.
+
+    `made`: how many runs there were to measure it in, those without an effect included.
+    """
 
     measured: Estimate | None
     low: float
     high: float
     assumed: float
+    made: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,17 +157,16 @@ def effective_clusters(shared: csr_array) -> float:
 
 
 def estimate(runs: list[Run]) -> Estimate | None:
-    """The mean effect with its interval, by the rule of the module's first paragraph; None without runs."""
-    if not runs:
+    """The mean effect with its interval, by the rule of the module's first paragraph; None without one."""
+    by_task = _with_effect(runs)
+    if not by_task:
         return None
-    by_task = defaultdict(list)
-    for run in runs:
-        by_task[run.task].append(run)
+    used = [run for group in by_task.values() for run in group]
     effects = np.array([np.mean([run.effect for run in group]) for group in by_task.values()])
     sampling = _sum([_sampling_part(group, len(by_task)) for group in by_task.values()])
     total, single, trial = _trial_parts(by_task, effects, sampling)
     error, effect = sqrt(total.variance), float(effects.mean())
-    if trial is None and runs[0].differences is None:
+    if trial is None and used[0].differences is None:
         error = nan
     margin = float(student.ppf(1 - LEVEL / 2, total.freedom)) * error
     return Estimate(
@@ -170,9 +181,25 @@ def estimate(runs: list[Run]) -> Estimate | None:
         trial_freedom=single.freedom,
         tasks=len(by_task),
         seeds=min(len(group) for group in by_task.values()),
+        runs=len(used),
         questions=sum(_questions(group) for group in by_task.values()),
+        ratio_low=min(run.ratios[0] for run in used),
+        ratio_high=max(run.ratios[1] for run in used),
         trial=trial,
     )
+
+
+def _with_effect(runs: list[Run]) -> dict[str, list[Run]]:
+    """The runs that have an effect, by task.
+
+    A task of several seeds is left out whole where fewer than two are left: its spread over seeds would be
+    unknown, and with it that of all tasks.
+    """
+    by_task = defaultdict(list)
+    for run in runs:
+        by_task[run.task].append(run)
+    left = {task: [run for run in group if not isnan(run.effect)] for task, group in by_task.items()}
+    return {task: group for task, group in left.items() if len(group) >= min(2, len(by_task[task]))}
 
 
 def _questions(group: list[Run]) -> int:
@@ -308,7 +335,7 @@ def _judged(case: Case, p: float, corrected: float, level: float) -> Judgement:
 def _power(case: Case, level: float) -> float:
     measured = case.measured
     if measured is None:
-        return nan
+        return 0.0 if case.made else nan
     if measured.trial is None:
         return 0.0
     error, freedom = measured.standard_error, measured.freedom
@@ -317,6 +344,8 @@ def _power(case: Case, level: float) -> float:
 
 def _verdict(case: Case, p: float, corrected: float, power: float) -> Verdict:
     measured = case.measured
+    if measured is None and case.made:
+        return Verdict(NOT_TESTABLE, "too few runs with an execution ratio in common")
     if measured is None:
         return Verdict(NOT_RUN, "no part of this profile")
     if measured.trial is None:

@@ -247,7 +247,8 @@ def assumed_effect(low: float, high: float, paper: float | None, smallest: float
     smallest effect of interest away from its ends, for nearer to them no run has power; else, within a range
     of two ends their middle, and of one end the smallest effect of interest beyond it.
     """
-    if paper is not None and low + smallest <= paper <= high - smallest:
+    slack = 1e-9  # a printed 0.55 is 55.00000000000001 %
+    if paper is not None and low + smallest - slack <= paper <= high - smallest + slack:
         return paper
     if isinf(high):
         return low + smallest

@@ -292,6 +292,7 @@ def test_nothing_run_is_said():
         (-1.0, inf, -0.99, 0.0),
         (-5.0, 5.0, 4.5, 0.0),
         (-5.0, 5.0, 3.0, 3.0),
+        (40.0, 56.0, 100 * 0.55, 100 * 0.55),
     ],
 )
 def test_power_is_taken_at_the_papers_effect_unless_that_lies_at_the_bound(low, high, paper, assumed):

@@ -60,7 +60,8 @@ class Claim:
     def case(self, store: Measurements) -> Case:
         """The claim with its data."""
         assumed = assumed_effect(self.low, self.high, self.paper, self.smallest)
-        return Case(estimate(self.runs(store)), self.low, self.high, assumed)
+        runs = self.runs(store)
+        return Case(estimate(runs), self.low, self.high, assumed, len(runs))
 
 
 def _noise_claim(measured: str, unit: str, statistic: Callable[[np.ndarray], float], **said) -> Claim:
@@ -266,10 +267,12 @@ def verdicts(store: Measurements, notebook: str | None = None) -> pd.DataFrame:
 
 def _row(claim: Claim, case: Case, judged: Judgement) -> dict[str, object]:
     said = ("id", "family", "notebook", "quote", "source", "measured", "unit", "paper")
-    numbers = ("effect", "low", "high", "tasks", "seeds", "questions", "trial")
+    numbers = ("effect", "low", "high", "tasks", "seeds", "runs", "questions", "trial")
+    ratios = ("ratio_low", "ratio_high")
     return {
         **{name: getattr(claim, name) for name in said},
-        **{name: getattr(case.measured, name, None) for name in numbers},
+        **{name: getattr(case.measured, name, None) for name in (*numbers, *ratios)},
+        "made": case.made,
         "effect_spread": _spread_over_seeds(case.measured),
         "effect_sampling": getattr(case.measured, "sampling_error", None),
         **{name: getattr(judged, name) for name in ("p", "corrected", "power", "seeds_needed")},

@@ -7,8 +7,9 @@ Effects on answers are gains: accuracy points, or percent of perplexity (100 x l
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
-from math import log
+from math import log, nan
 
 import numpy as np
 import pandas as pd
@@ -46,16 +47,21 @@ def equal_ratio_runs(store: Measurements, plus: str, minus: str, bits: int, grou
 
     Each method's score is interpolated linearly over R between the θ evaluated (0.5 and the profile's sweep),
     and the difference averaged over the R that both reach. That is a weighted sum of evaluations; R itself,
-    a mean over all tokens, counts as known.
+    a mean over all tokens, counts as known. Where both reach next to no R, the Run is without an effect.
     """
     runs = []
     for task, seed in _trials(store, group):
         curves = [_curve(store, task, method, seed, bits) for method in (plus, minus)]
+        if any(len(curve) < 2 for curve in curves):
+            continue  # no sweep
         ratios = [np.array([store.answers[cell].execution_ratio for cell in curve]) for curve in curves]
-        weights = equal_ratio_weights(*ratios) if all(curves) else None
-        if weights is not None:
-            signed = np.concatenate([weights[0], -weights[1]])
-            runs.append(_gain(store, dict(zip([*curves[0], *curves[1]], signed, strict=True))))
+        weights = equal_ratio_weights(*ratios)
+        if weights is None:
+            runs.append(Run(task, seed, nan))
+            continue
+        signed = np.concatenate([weights[0], -weights[1]])
+        gain = _gain(store, dict(zip([*curves[0], *curves[1]], signed, strict=True)))
+        runs.append(replace(gain, ratios=common_ratios(*ratios)))
     return runs
 
 
@@ -73,11 +79,16 @@ def _curve(store: Measurements, task: str, method: str, seed: int, bits: int) ->
     return [cell for cell in cells if cell in store.answers]
 
 
+def common_ratios(plus: np.ndarray, minus: np.ndarray) -> tuple[float, float]:
+    """The lowest and highest ratio that two curves both reach, given the ratios of their points [points]."""
+    return float(max(plus.min(), minus.min())), float(min(plus.max(), minus.max()))
+
+
 def equal_ratio_weights(plus: np.ndarray, minus: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Weights on the points of two curves, given their ratios [points], that average each curve, linearly
     interpolated, over the ratios that both reach; None if these are fewer than COMMON.
     """
-    low, high = max(plus.min(), minus.min()), min(plus.max(), minus.max())
+    low, high = common_ratios(plus, minus)
     if high - low < COMMON:
         return None
     at = low + (high - low) * (np.arange(1000) + 0.5) / 1000
@@ -97,7 +108,7 @@ def _gain(store: Measurements, weights: dict[Cell, float]) -> Run:
     answers, (task, _, seed, *_) = [store.answers[cell] for cell in weights], next(iter(weights))
     shares = [answer.scores * answer.weights / answer.weights.mean() for answer in answers]
     gains = _sign(group_of(task)) * np.dot(list(weights.values()), shares)
-    return Run(task, seed, float(gains.mean()), gains, answers[0].clusters)
+    return Run(task, seed, float(gains.mean()), gains, answers[0].shared)
 
 
 def _ratio(store: Measurements, weights: dict[Cell, float], measure: str) -> Run | None:

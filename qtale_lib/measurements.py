@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 
 from qtale_lib import paper
 from qtale_lib.jobs import FIGURE_2_TASKS, ROUTED, probed_task
@@ -32,12 +33,12 @@ class Answers:
     `scores` [questions]: 100 for right and 0 for wrong (where the choices were drawn: 100 x the chance of
     right over that draw), or 100 x the negative log-likelihood of a response; `weights` [questions]: 1, or
     the response's tokens. Their weighted mean is the (expected) accuracy in percent, or 100 x log PPL.
-    `clusters` [questions]: a label that questions on the same facts share.
+    `shared` [questions, questions]: 1 where two questions share a fact, and 0 elsewhere.
     """
 
     scores: np.ndarray
     weights: np.ndarray
-    clusters: np.ndarray
+    shared: csr_array
     execution_ratio: float | None
     loss_ratio: float | None
 
@@ -90,8 +91,8 @@ class Measurements:
         spec = {"task": task, "method": method, "seed": seed, "bits": bits, "theta": rule}
         value = self.lab.result("evaluation", **spec)["value"]
         scores, weights = _scores(value)
-        clusters = _clusters(value.get("facts") or [], len(scores))
-        return Answers(scores, weights, clusters, value.get("execution_ratio"), value.get("loss_ratio"))
+        shared = sharing(tuple(map(tuple, value.get("facts") or [()] * len(scores))))
+        return Answers(scores, weights, shared, value.get("execution_ratio"), value.get("loss_ratio"))
 
     @cached_property
     def layers(self) -> pd.DataFrame:
@@ -254,7 +255,14 @@ def _scores(value: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return 100.0 * np.asarray(value["example_nll"], dtype=float) / tokens, tokens
 
 
-def _clusters(facts: list, count: int) -> np.ndarray:
-    """Labels [count]: one per distinct set of facts; a question without facts stands alone."""
-    names = ["|".join(map(str, facts[i])) if i < len(facts) and facts[i] else f"#{i}" for i in range(count)]
-    return np.unique(names, return_inverse=True)[1]
+@lru_cache(maxsize=32)  # all evaluations of a task are on the same questions
+def sharing(facts: tuple[tuple[str, ...], ...]) -> csr_array:
+    """Which questions share a fact, [questions, questions] of 1 and 0, given the facts of each.
+
+    A question without facts stands alone.
+    """
+    held = [(index, name) for index, names in enumerate(facts) for name in names or (f"#{index}",)]
+    questions, names = zip(*held, strict=True)
+    columns = np.unique(names, return_inverse=True)[1]
+    incidence = csr_array((np.ones(len(held)), (questions, columns)))
+    return (incidence @ incidence.T > 0).astype(float)

@@ -355,7 +355,7 @@ def _seeds(value: float) -> str:
 
 def _interval(row: Any) -> str:
     if pd.isna(row.effect):
-        return NOT_RUN
+        return "–" if row.made else NOT_RUN
     if pd.isna(row.low):
         return f"{number(row.effect)} {row.unit}, no interval"
     return f"{number(row.effect)} [{number(row.low)}, {number(row.high)}] {row.unit}"
@@ -363,8 +363,10 @@ def _interval(row: Any) -> str:
 
 def _basis(row: Any) -> str:
     if pd.isna(row.tasks):
-        return "–"
+        return f"0 of {row.made} runs" if row.made else "–"
     if row.id.startswith("F4"):
         return f"{row.seeds:.0f} batches of draws"
     questions = f", {row.questions:.0f} questions" if row.questions else ""
-    return f"{row.tasks:.0f} task(s), {row.seeds:.0f} seed(s){questions}"
+    along = f", {row.runs:.0f} of {row.made} runs, at R {number(row.ratio_low)}–{number(row.ratio_high)}"
+    compared = "" if pd.isna(row.ratio_low) else along
+    return f"{row.tasks:.0f} task(s), {row.seeds:.0f} seed(s){questions}{compared}"

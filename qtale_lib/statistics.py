@@ -1,9 +1,9 @@
 """Effects, intervals, power and verdicts: how a claim of the paper is held against what was measured.
 
-Two errors are kept apart. *Sampling error* comes from the questions asked: a paired bootstrap over facts
-(questions that share a fact move together). *Trial error* comes from the fine-tunings: the spread over seeds
-or, with one seed, over tasks, since each task is a fine-tuning of its own. An interval that knows only the
-first is no evidence about a training method, so a verdict needs repeated trials.
+Two errors are kept apart. *Sampling error* comes from the questions asked: a cluster-robust variance of the
+paired differences (questions that share a fact move together). *Trial error* comes from the fine-tunings: the
+spread over seeds or, with one seed, over tasks, since each task is a fine-tuning of its own. An interval that
+knows only the first is no evidence about a training method, so a verdict needs repeated trials.
 
 Claims come in families, stated before the data; within one, p-values are corrected by Holm's method. A claim
 that is not shown may be false, or the run too small to tell: power says which.
@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import inf, isinf, isnan, nan, sqrt
 from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array
 from scipy.stats import nct as noncentral
 from scipy.stats import t as student
 
@@ -33,9 +33,10 @@ RULE = (
     "the effect were the one that the paper prints (where it prints none that lies within the range by the "
     "smallest effect of interest: that effect; in a range of two ends: its middle), given the spreads "
     "measured, at 5 % over the number of those claims; 0 with fewer than 2 seeds and than "
-    f"{MINIMAL_TASKS} tasks, where the spread of fine-tunings is unknown. Seeds for {POWER:.0%}: how many a "
-    f"task would give that power. Shown: corrected p below 5 %. Not testable here: not shown, power below "
-    f"{POWER:.0%}, and the interval not wholly outside the range. Otherwise: not shown."
+    f"{MINIMAL_TASKS} tasks, where the spread of fine-tunings is unknown, and where the methods share "
+    f"no execution ratio. Seeds for {POWER:.0%}: how many a task would give that power. Shown: "
+    f"corrected p below 5 %. Not testable here: not shown, power below {POWER:.0%}, and the interval not "
+    "wholly outside the range. Otherwise: not shown."
 )
 
 
@@ -43,15 +44,18 @@ RULE = (
 class Run:
     """What one fine-tuning (task, seed) says about a contrast.
 
-    `differences` [questions] averages to `effect`; `clusters` [questions] labels questions that share facts.
-    Both are None for measurements that are not averages over test questions.
+    `differences` [questions] averages to `effect`; `shared` [questions, questions] is 1 where two questions
+    share a fact, and 0 elsewhere. Both are None for measurements that are not averages over test questions.
+    `ratios`: the lowest and highest execution ratio of a comparison at equal ones; if there are none in
+    common, `effect` is NaN.
     """
 
     task: str
     seed: int
     effect: float
     differences: np.ndarray | None = None
-    clusters: np.ndarray | None = None
+    shared: csr_array | None = None
+    ratios: tuple[float, float] = (nan, nan)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Estimate:
     standard_error, freedom: of the mean, by Welch and Satterthwaite; sampling_error: the questions' part.
     trial_variance: what the fine-tunings would add to the mean's variance with one seed a task.
     trial_freedom: degrees of freedom that each seed beyond a task's first adds to it.
+    ratio_low, ratio_high: the lowest and highest execution ratio of a comparison at equal ones, else NaN.
     Interval and errors are NaN where neither trials nor questions are repeated.
     """
 
@@ -75,18 +80,25 @@ class Estimate:
     trial_freedom: float
     tasks: int
     seeds: int
+    runs: int
     questions: int
+    ratio_low: float
+    ratio_high: float
     trial: str | None
 
 
 @dataclass(frozen=True)
 class Case:
-    """A claim and its data: an effect in the range (low, high); `assumed`, an effect within, is for power."""
+    """A claim and its data: an effect in the range (low, high); `assumed`, an effect within, is for power.
+
+    `made`: how many runs there were to measure it in, those without an effect included.
+    """
 
     measured: Estimate | None
     low: float
     high: float
     assumed: float
+    made: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,36 +130,43 @@ class _Part(NamedTuple):
     freedom: float
 
 
-def bootstrap_variance(differences: np.ndarray, clusters: np.ndarray, resamples: int = 1000) -> float:
-    """Variance of the mean of `differences` [questions] when whole clusters are drawn with replacement."""
-    _, labels = np.unique(clusters, return_inverse=True)
-    sums, sizes = np.bincount(labels, weights=differences), np.bincount(labels)
-    count = len(sums)
-    if count < 2:
-        return 0.0
-    draws = _draws(count, resamples)
-    return float(np.var((draws @ sums) / (draws @ sizes), ddof=1))
+def clustered_variance(differences: np.ndarray, shared: csr_array) -> float:
+    """Variance of the mean of `differences` [questions], where questions that share a fact move together.
+
+    shared [questions, questions]: 1 where two questions share a fact, a question with itself among them. The
+    sum over all such pairs: with one fact a question the one-way cluster-robust variance, which a bootstrap
+    of clusters estimates too; with several the multiway one (Cameron, Gelbach and Miller 2011; for pairs
+    Aronow, Samii and Assenova 2015). Unbiased where questions are independent; 0 where all are one cluster.
+    """
+    # No pigeonhole bootstrap (Owen 2007), which weighs a question by the product of its facts' draws: what
+    # questions of two facts vary by on their own, most of their variance here, would count three times.
+    residuals = differences - differences.mean()
+    total = residuals @ (shared @ residuals)
+    if total < 0:  # as may be in small samples whose facts are crossed
+        total = residuals @ residuals
+    clusters = effective_clusters(shared)
+    return float(total) / len(residuals) ** 2 * clusters / (clusters - 1) if clusters > 1 else 0.0
 
 
-@lru_cache(maxsize=16)
-def _draws(count: int, resamples: int) -> np.ndarray:
-    """How often each of `count` clusters is drawn, [resamples, count]; the same on every call."""
-    chances = np.full(count, 1 / count)
-    return np.random.default_rng(0).multinomial(count, chances, size=resamples).astype(np.float64)
+def effective_clusters(shared: csr_array) -> float:
+    """How many clusters of equal size hold as many pairs of questions as `shared` does (Kish 1965).
+
+    One less is the degrees of freedom of clustered_variance, where questions are independent.
+    """
+    return shared.shape[0] ** 2 / shared.sum()
 
 
 def estimate(runs: list[Run]) -> Estimate | None:
-    """The mean effect with its interval, by the rule of the module's first paragraph; None without runs."""
-    if not runs:
+    """The mean effect with its interval, by the rule of the module's first paragraph; None without one."""
+    by_task = _with_effect(runs)
+    if not by_task:
         return None
-    by_task = defaultdict(list)
-    for run in runs:
-        by_task[run.task].append(run)
+    used = [run for group in by_task.values() for run in group]
     effects = np.array([np.mean([run.effect for run in group]) for group in by_task.values()])
     sampling = _sum([_sampling_part(group, len(by_task)) for group in by_task.values()])
     total, single, trial = _trial_parts(by_task, effects, sampling)
     error, effect = sqrt(total.variance), float(effects.mean())
-    if trial is None and runs[0].differences is None:
+    if trial is None and used[0].differences is None:
         error = nan
     margin = float(student.ppf(1 - LEVEL / 2, total.freedom)) * error
     return Estimate(
@@ -162,9 +181,25 @@ def estimate(runs: list[Run]) -> Estimate | None:
         trial_freedom=single.freedom,
         tasks=len(by_task),
         seeds=min(len(group) for group in by_task.values()),
+        runs=len(used),
         questions=sum(_questions(group) for group in by_task.values()),
+        ratio_low=min(run.ratios[0] for run in used),
+        ratio_high=max(run.ratios[1] for run in used),
         trial=trial,
     )
+
+
+def _with_effect(runs: list[Run]) -> dict[str, list[Run]]:
+    """The runs that have an effect, by task.
+
+    A task of several seeds is left out whole where fewer than two are left: its spread over seeds would be
+    unknown, and with it that of all tasks.
+    """
+    by_task = defaultdict(list)
+    for run in runs:
+        by_task[run.task].append(run)
+    left = {task: [run for run in group if not isnan(run.effect)] for task, group in by_task.items()}
+    return {task: group for task, group in left.items() if len(group) >= min(2, len(by_task[task]))}
 
 
 def _questions(group: list[Run]) -> int:
@@ -182,13 +217,13 @@ def _sum(parts: Sequence[_Part]) -> _Part:
 def _sampling_part(group: list[Run], tasks: int) -> _Part:
     """One task's share of the variance from questions.
 
-    The seeds of a task answer the same questions, so their differences are averaged before the bootstrap.
+    The seeds of a task answer the same questions, so their differences are averaged first.
     """
     if group[0].differences is None:
         return _Part(0.0, 1.0)
     mean = np.mean([run.differences for run in group], axis=0)
-    variance = bootstrap_variance(mean, group[0].clusters) / tasks**2
-    return _Part(variance, max(len(set(group[0].clusters)) - 1, 1))
+    variance = clustered_variance(mean, group[0].shared) / tasks**2
+    return _Part(variance, max(effective_clusters(group[0].shared) - 1, 1))
 
 
 def _trial_parts(by_task: dict, effects: np.ndarray, sampling: _Part) -> tuple[_Part, _Part, str | None]:
@@ -212,7 +247,8 @@ def assumed_effect(low: float, high: float, paper: float | None, smallest: float
     smallest effect of interest away from its ends, for nearer to them no run has power; else, within a range
     of two ends their middle, and of one end the smallest effect of interest beyond it.
     """
-    if paper is not None and low + smallest <= paper <= high - smallest:
+    slack = 1e-9  # a printed 0.55 is 55.00000000000001 %
+    if paper is not None and low + smallest - slack <= paper <= high - smallest + slack:
         return paper
     if isinf(high):
         return low + smallest
@@ -300,7 +336,7 @@ def _judged(case: Case, p: float, corrected: float, level: float) -> Judgement:
 def _power(case: Case, level: float) -> float:
     measured = case.measured
     if measured is None:
-        return nan
+        return 0.0 if case.made else nan
     if measured.trial is None:
         return 0.0
     error, freedom = measured.standard_error, measured.freedom
@@ -309,6 +345,8 @@ def _power(case: Case, level: float) -> float:
 
 def _verdict(case: Case, p: float, corrected: float, power: float) -> Verdict:
     measured = case.measured
+    if measured is None and case.made:
+        return Verdict(NOT_TESTABLE, "too few runs with an execution ratio in common")
     if measured is None:
         return Verdict(NOT_RUN, "no part of this profile")
     if measured.trial is None:

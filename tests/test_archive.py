@@ -52,7 +52,7 @@ def test_what_is_restored_is_judged_as_what_was_computed(lab, folder, tmp_path):
     assert mine.answers.keys() == theirs.answers.keys()
     for cell, answers in mine.answers.items():
         assert (theirs.answers[cell].scores == answers.scores).all()
-        assert (theirs.answers[cell].clusters == answers.clusters).all()
+        assert (theirs.answers[cell].shared != answers.shared).nnz == 0
     assert archive.restore(other, folder) == 0
 
 

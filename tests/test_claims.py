@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from math import isnan, log
 
+import fake_lab
 import numpy as np
 import pytest
 import yaml
 from fake_lab import RULES, FakeLab
 from pydantic import ValidationError
 
-from qtale_lib import contrasts, effects
+from qtale_lib import contrasts, effects, results
 from qtale_lib.claims import CLAIMS, NOISE_CLAIMS, tally, verdicts
 from qtale_lib.config import METHODS
 from qtale_lib.measurements import Measurements
@@ -166,6 +168,36 @@ def test_without_a_sweep_nothing_is_said_at_equal_ratio():
     assert words["T4 QTALE at equal R, 3 bits, CSQA"] == NOT_RUN
     words = judged(seeds=[0, 1], theta_sweep=[0.3, 0.1])
     assert words["T4 QTALE at equal R, 3 bits, CSQA"] != NOT_RUN
+
+
+AT_EQUAL_R = "T4 QTALE at equal R, 3 bits, CSQA"
+
+
+def test_where_no_ratio_is_in_common_the_claim_is_not_testable(monkeypatch):
+    monkeypatch.setitem(fake_lab.RISE, "dllm", 0.0)
+    store = Measurements(FakeLab(tasks=["piqa", "siqa"], seeds=[0, 1], theta_sweep=[0.3, 0.1]))
+    frame = verdicts(store, "07").set_index("id", drop=False)
+    row = frame.loc[AT_EQUAL_R]
+    assert row.verdict == NOT_TESTABLE and "in common" in row.reason and row.power == 0
+    shown = results.verdict_table(frame).text.set_index("claim").loc[AT_EQUAL_R]
+    assert shown["over"] == "0 of 4 runs" and shown["effect [95 %]"] == "–"
+
+
+def test_a_task_with_one_comparable_seed_of_several_is_left_out_whole():
+    lab = FakeLab(tasks=["piqa", "siqa"], seeds=[0, 1, 2], theta_sweep=[0.3, 0.1])
+    apart = [("piqa", 0), ("piqa", 2), ("siqa", 1)]
+    for (task, seed), rule in itertools.product(apart, ("argmax", "0.3", "0.1")):
+        lab.value(task, "dllm", seed, 3, rule)["execution_ratio"] = 0.1
+    store = Measurements(lab)
+    runs = effects.equal_ratio_runs(store, "qtale", "dllm", 3, "csqa")
+    assert [(run.task, run.seed) for run in runs if isnan(run.effect)] == sorted(apart)
+    frame = verdicts(store, "07").set_index("id", drop=False)
+    row = frame.loc[AT_EQUAL_R]
+    used = [run for run in runs if run.task == "siqa" and run.seed != 1]
+    assert row.effect == pytest.approx(np.mean([run.effect for run in used])) and row.trial == "seeds"
+    low, high = min(run.ratios[0] for run in used), max(run.ratios[1] for run in used)
+    over = f"1 task(s), 2 seed(s), 300 questions, 2 of 6 runs, at R {low:.2f}–{high:.2f}"
+    assert results.verdict_table(frame).text.set_index("claim").loc[AT_EQUAL_R, "over"] == over
 
 
 def test_controls_of_the_noise_are_for_profiles_that_run_it():

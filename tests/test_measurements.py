@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fake_lab import LAYERS, SEARCHED, FakeLab
 
-from qtale_lib.measurements import Measurements, compared_bits, group_of, shown_epochs
+from qtale_lib.measurements import Measurements, compared_bits, group_of, sharing, shown_epochs
 
 
 def test_groups_are_the_papers():
@@ -34,7 +34,18 @@ def test_answers_average_to_the_stored_metric():
         row = frame.loc[cell]
         stored = 100 * row.expected_acc if row.metric == "acc" else 100 * np.log(row.ppl)
         assert answer.mean == pytest.approx(stored)
-        assert len(set(answer.clusters)) == lab.questions // 2
+        assert answer.shared.sum(axis=0).tolist() == [2] * lab.questions
+
+
+def test_questions_share_by_any_of_their_facts_and_stand_alone_without():
+    shared = sharing((("home", "sea"), ("pet", "sea"), ("pet",), (), ()))
+    assert shared.toarray().tolist() == [
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
 
 
 def test_where_the_choices_are_all_there_is_right_or_wrong_is_the_score():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from qtale_lib.measurements import sharing
 from qtale_lib.statistics import (
     LEVEL,
     NOT_RUN,
@@ -18,7 +19,8 @@ from qtale_lib.statistics import (
     Judgement,
     Run,
     assumed_effect,
-    bootstrap_variance,
+    clustered_variance,
+    effective_clusters,
     estimate,
     holm,
     judge,
@@ -37,8 +39,14 @@ def trials(rng, mean=0.0, tasks=TASKS, seeds=1, questions=80, trial_sd=1.5, ques
         shared = rng.normal(0, question_sd, questions)
         for seed in range(seeds):
             values = mean + rng.normal(0, trial_sd) + shared + rng.normal(0, question_sd / 2, questions)
-            runs.append(Run(task, seed, float(values.mean()), values, np.arange(questions) // 2))
+            runs.append(Run(task, seed, float(values.mean()), values, by_label(np.arange(questions) // 2)))
     return runs
+
+
+def by_label(*labels):
+    """Which questions share one of their labels; one [questions] for each fact of a question."""
+    columns = [[f"{place}:{label}" for label in column] for place, column in enumerate(labels)]
+    return sharing(tuple(zip(*columns, strict=True)))
 
 
 def alone(measured, low=0.0, high=inf, paper=None, smallest=1.0) -> Judgement:
@@ -67,21 +75,59 @@ def test_one_task_over_seeds_is_the_t_interval_over_seeds():
 
 def test_tasks_weigh_alike_whatever_their_questions():
     few, many = np.full(10, 4.0), np.full(1000, 0.0)
-    runs = [Run("a", 0, 4.0, few, np.arange(10)), Run("b", 0, 0.0, many, np.arange(1000))]
+    runs = [Run("a", 0, 4.0, few, by_label(range(10))), Run("b", 0, 0.0, many, by_label(range(1000)))]
     assert estimate(runs).effect == 2.0
 
 
-def test_bootstrap_variance_is_that_of_the_mean():
+def test_variance_of_independent_questions_is_that_of_the_mean():
     values = np.random.default_rng(0).normal(0, 3, 400)
-    assert sqrt(bootstrap_variance(values, np.arange(400))) == pytest.approx(3 / 20, rel=0.15)
+    assert clustered_variance(values, by_label(range(400))) == pytest.approx(stats.sem(values) ** 2)
 
 
 def test_questions_that_share_a_fact_do_not_count_as_independent():
-    values = np.repeat(np.random.default_rng(0).normal(0, 3, 100), 4)
-    apart, together = np.arange(400), np.arange(400) // 4
-    assert bootstrap_variance(values, together) == pytest.approx(
-        4 * bootstrap_variance(values, apart), rel=0.3
-    )
+    facts = np.random.default_rng(0).normal(0, 3, 100)
+    variance = clustered_variance(np.repeat(facts, 4), by_label(np.arange(400) // 4))
+    assert variance == pytest.approx(stats.sem(facts) ** 2)
+
+
+def test_with_one_fact_a_question_the_variance_is_that_of_a_bootstrap_over_facts():
+    rng = np.random.default_rng(11)
+    labels = rng.integers(0, 120, 500)
+    values = rng.normal(0, 20, 500) + rng.normal(0, 10, 120)[labels]
+    sums, sizes = np.bincount(labels, weights=values), np.bincount(labels)
+    draws = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=4000)
+    resampled = np.var((draws @ sums) / (draws @ sizes), ddof=1)
+    assert clustered_variance(values, by_label(labels)) == pytest.approx(resampled, rel=0.06)
+
+
+@pytest.mark.parametrize("fact_sd", [0.0, 4.0, 20.0])
+def test_questions_of_two_facts_each_shared_with_others_count_as_such(fact_sd):
+    """As the second hops of ARC-challenge; a label for each pair of facts sees next to nothing of it."""
+    rng, repeats, questions = np.random.default_rng(12), 200, 600
+    first, second = rng.integers(0, 250, questions), rng.integers(0, 60, questions)
+    crossed, pairs = by_label(first, second), by_label(first * 60 + second)
+    sizes = np.concatenate([np.bincount(first), np.bincount(second)])
+    truth = (10.0**2 * questions + fact_sd**2 * (sizes**2).sum()) / questions**2
+    found, by_pairs = [], []
+    for _ in range(repeats):
+        values = rng.normal(0, 10, questions)
+        values += rng.normal(0, fact_sd, 250)[first] + rng.normal(0, fact_sd, 60)[second]
+        found.append(clustered_variance(values, crossed))
+        by_pairs.append(clustered_variance(values, pairs))
+    assert np.mean(found) == pytest.approx(truth, rel=0.05)
+    assert fact_sd == 0 or np.mean(by_pairs) < 0.6 * truth
+
+
+def test_equal_clusters_count_by_their_number_and_unequal_ones_for_fewer():
+    assert effective_clusters(by_label(np.arange(60) // 3)) == 20
+    assert effective_clusters(by_label([0, 0, 0, 1, 2])) == pytest.approx(25 / 11)
+
+
+def test_one_cluster_says_nothing_and_no_variance_is_negative():
+    assert clustered_variance(np.arange(5.0), by_label([0] * 5)) == 0
+    crossed, values = by_label("abbcde", "xxyzuv"), np.array([1.0, -2.0, 1.0, 0.0, 0.0, 0.0])
+    assert values @ (crossed @ values) == -2
+    assert clustered_variance(values, crossed) > 0
 
 
 @pytest.mark.parametrize(
@@ -226,7 +272,7 @@ def test_a_range_with_two_ends():
 
 def test_identical_answers_are_no_gain():
     same = np.zeros(50)
-    measured = estimate([Run(task, 0, 0.0, same, np.arange(50)) for task in TASKS])
+    measured = estimate([Run(task, 0, 0.0, same, by_label(range(50))) for task in TASKS])
     assert (measured.low, measured.high) == (0.0, 0.0)
     assert word(measured, paper=1.0) == NOT_SHOWN
 
@@ -246,6 +292,7 @@ def test_nothing_run_is_said():
         (-1.0, inf, -0.99, 0.0),
         (-5.0, 5.0, 4.5, 0.0),
         (-5.0, 5.0, 3.0, 3.0),
+        (40.0, 56.0, 100 * 0.55, 100 * 0.55),
     ],
 )
 def test_power_is_taken_at_the_papers_effect_unless_that_lies_at_the_bound(low, high, paper, assumed):

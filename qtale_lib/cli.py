@@ -299,6 +299,14 @@ def restore(profile: str) -> None:
     """Put what results/archive holds of a profile into its store."""
     lab = Lab(profile)
     typer.echo(f"{archives.restore(lab)} results restored to {_short(lab.store.root)}")
+    jobs = all_jobs(lab.profile)
+    done = sum(map(lab.is_done, jobs))
+    typer.echo(f"{done} of {len(jobs)} jobs of profile {lab.profile.name} are done")
+    if not done:
+        typer.echo(
+            "The archive was made from another base, with other settings or by an older version: "
+            f"`python -m qtale_lib run --profile {profile}` will compute its results again."
+        )
 
 
 @app.command(name="sweep")

@@ -46,6 +46,18 @@ def git_commit() -> str | None:
     return commit + ("+" if changed else "")
 
 
+def last_change(path: Path) -> dict[str, str] | None:
+    """{commit, date} of the last commit that changed a file, with "+" behind the commit if the file differs
+    from it; None outside a checkout, or for a file that no commit has.
+    """
+    try:
+        commit, _, date = _git("log", "-1", "--format=%H %cI", "--", str(path)).partition(" ")
+        changed = _git("status", "--porcelain", "--", str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit + ("+" if changed else ""), "date": date} if commit else None
+
+
 def _git(*arguments: str) -> str:
     done = subprocess.run(
         ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20

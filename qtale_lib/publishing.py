@@ -1,23 +1,27 @@
 """Committed copies of a finished profile: results/reference/<profile> and figures/reference/<profile>.
 
 They are shown and compared with, never read as a cache. Scalars and θ curves of every result are kept with
-their provenance; answers per question, histograms and weights stay behind.
+their provenance; answers per question, histograms and weights stay behind. What many results have in common,
+such as the protocol and the data, stands once in results.json, under "common": a result names it by a digest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
 
+from qtale_lib import contrasts
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import all_jobs, evaluation_specs, runs
 from qtale_lib.lab import Lab, Spec, run_spec
-from qtale_lib.provenance import ROOT, git_commit, versions
-from qtale_lib.store import write_json
+from qtale_lib.provenance import ROOT, git_commit, last_change, versions
+from qtale_lib.store import digest, write_json
 
 REFERENCE = "reference"
 KEPT_LISTS = ("coarse", "fine")
+OWN = ("git_commit", "device", "seconds", "peak_memory_bytes", "finished_at")  # of a result's provenance
 
 
 def publish(lab: Lab, results: Path | None = None, figures: Path | None = None) -> list[Path]:
@@ -30,8 +34,9 @@ def publish(lab: Lab, results: Path | None = None, figures: Path | None = None) 
         )
     results = _emptied((results or ROOT / "results" / REFERENCE) / lab.profile.name)
     figures = _emptied((figures or ROOT / "figures" / REFERENCE) / lab.profile.name)
-    write_json(results / "results.json", _results(lab))
-    write_json(results / "provenance.json", _provenance(lab))
+    everything = _results(lab)
+    write_json(results / "results.json", everything)
+    write_json(results / "provenance.json", _provenance(lab, everything))
     copies = [_copied(path, results / "tables") for path in _files(lab.tables)]
     copies += [_copied(path, figures) for path in _files(lab.figures)]
     return [results / "results.json", results / "provenance.json", *copies]
@@ -52,24 +57,40 @@ def _copied(path: Path, folder: Path) -> Path:
     return Path(shutil.copyfile(path, folder / path.name))
 
 
-def _results(lab: Lab) -> dict[str, list[dict[str, Any]]]:
+def _results(lab: Lab) -> dict[str, Any]:
     everything = runs(lab.profile)
     specs: dict[str, list[Spec]] = {
         "finetune": [run_spec(run) for run in everything],
         "threshold": [run_spec(r, bits=bits) for r in everything if r.routed for bits in lab.profile.bits],
         "evaluation": [spec for run in everything for spec in evaluation_specs(lab.profile, run)],
     }
-    return {kind: [_slim(lab.result(kind, **spec)) for spec in chosen] for kind, chosen in specs.items()}
+    common: dict[str, Any] = {}
+    slim = {kind: [_slim(lab.result(kind, **spec), common) for spec in specs[kind]] for kind in specs}
+    return {"common": common, **slim}
 
 
-def _slim(result: dict[str, Any]) -> dict[str, Any]:
-    value = {k: v for k, v in result["value"].items() if k in KEPT_LISTS or not isinstance(v, list)}
-    provenance = {k: v for k, v in result["provenance"].items() if k != "versions"}
-    return {**{k: result[k] for k in ("key", "spec")}, "value": value, "provenance": provenance}
+def _slim(result: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+    """What is a result's own; the rest of it goes into `common`, under the digest that the result names."""
+    value, provenance = result["value"], result["provenance"]
+    made_from = {k: v for k, v in provenance["made_from"].items() if k not in ("adapter", "theta")}
+    shared = {
+        "value": {k: v for k, v in value.items() if isinstance(v, dict)},
+        "provenance": {**{k: v for k, v in provenance.items() if k not in OWN}, "made_from": made_from},
+    }
+    name = digest(shared)
+    common[name] = shared
+    adapter = {k: v for k, v in provenance["made_from"].items() if k == "adapter"}
+    return {
+        **{k: result[k] for k in ("key", "spec")},
+        "value": {k: v for k, v in value.items() if k in KEPT_LISTS or not isinstance(v, dict | list)},
+        "provenance": {**adapter, **{k: provenance[k] for k in OWN}},
+        "common": name,
+    }
 
 
-def _provenance(lab: Lab) -> dict[str, Any]:
-    found = [lab.result("finetune", **run_spec(run))["provenance"] for run in runs(lab.profile)]
+def _provenance(lab: Lab, results: dict[str, Any]) -> dict[str, Any]:
+    kinds = [entries for name, entries in results.items() if name != "common"]
+    found = [result["provenance"] for entries in kinds for result in entries]
     return {
         "profile": lab.profile.model_dump(mode="json"),
         "profile_digest": lab.profile.digest(),
@@ -78,6 +99,11 @@ def _provenance(lab: Lab) -> dict[str, Any]:
         "published_from": git_commit(),
         "versions": versions(),
         "devices": sorted({entry["device"] for entry in found}),
-        "cores": sorted({entry["cores"] for entry in found}),
+        "cores": sorted({shared["provenance"]["cores"] for shared in results["common"].values()}),
         "finished_between": [min(e["finished_at"] for e in found), max(e["finished_at"] for e in found)],
+        "contrasts": {
+            "file": contrasts.FILE.name,
+            "sha256": hashlib.sha256(contrasts.FILE.read_bytes()).hexdigest(),
+            "last_change": last_change(contrasts.FILE),
+        },
     }

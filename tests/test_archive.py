@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import lzma
+from functools import partial
 from pathlib import Path
 
 import pytest
 from pool_work import run_here
 from small_run import profile, save_base
 
-from qtale_lib import archive, jobs
+from qtale_lib import archive, cli, jobs
 from qtale_lib import lab as lab_module
 from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
@@ -54,6 +55,28 @@ def test_what_is_restored_is_judged_as_what_was_computed(lab, folder, tmp_path):
         assert (theirs.answers[cell].scores == answers.scores).all()
         assert (theirs.answers[cell].shared != answers.shared).nnz == 0
     assert archive.restore(other, folder) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ["12 of 24 jobs of profile smoke are done"]),
+        (
+            {"max_steps": 5},
+            ["0 of 24 jobs of profile smoke are done", "The archive was made from another base"],
+        ),
+    ],
+)
+def test_restore_says_how_much_of_the_profile_is_done(
+    lab, folder, tmp_path, monkeypatch, capsys, changes, said
+):
+    other = Lab(lab.profile.model_copy(update=changes), tmp_path / "clone")
+    monkeypatch.setattr(cli, "Lab", lambda _: other)
+    monkeypatch.setattr(archive, "restore", partial(archive.restore, folder=folder))
+    cli.restore("smoke")
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.endswith("results restored to " + str(other.store.root)) and not first.startswith("0 ")
+    assert [line[: len(start)] for line, start in zip(rest, said, strict=True)] == said
 
 
 def test_equal_results_give_equal_bytes(lab, folder, tmp_path):

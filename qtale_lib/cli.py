@@ -5,9 +5,11 @@ What a user can cause ends in one sentence on stderr and exit code 2; what faile
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +28,7 @@ from qtale_lib.notebooks import AT_ONCE, Executions, as_task, choose
 from qtale_lib.pool import Outcome
 from qtale_lib.preflight import check
 from qtale_lib.progress import Stopclock, span, watcher
+from qtale_lib.publishing import cell, committed, sameness
 from qtale_lib.publishing import publish as publish_profile
 from qtale_lib.store import discard, write_json
 
@@ -41,6 +44,14 @@ BitWidth = Annotated[int, typer.Option("--bits")]
 FRESH = (
     "Compute anew: forget all results and figures of this profile first; with --only, the results alone that "
     "those notebooks show."
+)
+ANEW = (
+    "Forget this run's fine-tuning and its results at this bit width, and compute them anew; if another "
+    "adapter comes of it, the run's results at other bit widths count no more."
+)
+SHOWN = (
+    *("theta", "metric", "acc", "expected_acc", "open_acc", "ppl", "stderr", "count", "nll"),
+    *("execution_ratio", "loss_ratio"),
 )
 
 
@@ -79,7 +90,7 @@ def _forget(executions: Executions, wanted: list[Job], only: list[Path] | None) 
     """
     lab = executions.lab
     check(lab, wanted)
-    try:
+    with _removing():
         if only is None:
             discard(lab.directory)
             discard(lab.figures)
@@ -88,6 +99,13 @@ def _forget(executions: Executions, wanted: list[Job], only: list[Path] | None) 
                 discard(benchmark_report.folder(lab))
             lab.forget(wanted)
             executions.forget(only)
+
+
+@contextlib.contextmanager
+def _removing() -> Iterator[None]:
+    """UserError where a file cannot be removed."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{error.filename} cannot be removed ({error.strerror}); allow it, or leave out --fresh."
@@ -247,14 +265,35 @@ def evaluate(
     bits: BitWidth = 16,
     profile: ProfileName = "tiny",
     seed: SeedNumber = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help=ANEW)] = False,
 ) -> None:
-    """Evaluate one run at one bit width, by every rule for θ."""
+    """Evaluate one run at one bit width, by every rule for θ, beside what is committed of it."""
     lab, chosen = _one(profile, task, method, seed)
-    _ensure(lab, [Job(chosen), Job(chosen, bits)])
-    shown = ("theta", "metric", "acc", "ppl", "stderr", "count", "nll", "execution_ratio", "loss_ratio")
-    for rule in rules(lab.profile, method):
-        value = lab.result("evaluation", **run_spec(chosen, bits=bits, theta=rule))["value"]
-        _show(f"{chosen.name}, {bits} bit, θ {rule}", {name: value[name] for name in shown if name in value})
+    wanted = [Job(chosen), Job(chosen, bits)]
+    if fresh:
+        check(lab, wanted)
+        with _removing():
+            lab.forget(wanted)
+    _ensure(lab, wanted)
+    reference = committed(lab.profile.name)
+    specs = {rule: run_spec(chosen, bits=bits, theta=rule) for rule in rules(lab.profile, method)}
+    compared = [("finetune", run_spec(chosen))]
+    for rule, spec in specs.items():
+        found, title = lab.result("evaluation", **spec), f"{chosen.name}, {bits} bit, θ {rule}"
+        values = {name: found["value"][name] for name in SHOWN if found["value"].get(name) is not None}
+        other = reference.get(cell("evaluation", spec))
+        if other is None:
+            _show(title, values)
+        else:
+            _show_beside(title, values, other["value"])
+            compared.append(("evaluation", spec))
+    if len(compared) > 1:
+        pairs = [(lab.result(kind, **spec), reference[cell(kind, spec)]) for kind, spec in compared]
+        typer.echo(sameness(pairs))
+    else:
+        typer.echo(
+            f"Of this run, results/reference holds nothing at {bits} bit for profile {lab.profile.name}."
+        )
 
 
 def _one(profile: str, task: str, method: str, seed: int) -> tuple[Lab, Run]:
@@ -276,8 +315,21 @@ def _stop_if_failed(lab: Lab, outcomes: list[Outcome]) -> None:
 def _show(title: str, values: dict[str, Any]) -> None:
     table = Table(title=title, show_header=False)
     for name, value in values.items():
-        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+        table.add_row(name, _text(value))
     Console().print(table)
+
+
+def _show_beside(title: str, values: dict[str, Any], others: dict[str, Any]) -> None:
+    table = Table("", "here", "committed", "difference", title=title)
+    for name, value in values.items():
+        other = others.get(name)
+        numbers = all(isinstance(number, int | float) for number in (value, other))
+        table.add_row(name, _text(value), _text(other), _text(value - other) if numbers else "")
+    Console().print(table)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 @app.command()

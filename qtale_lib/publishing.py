@@ -17,7 +17,7 @@ from qtale_lib.errors import UserError
 from qtale_lib.jobs import all_jobs, evaluation_specs, runs
 from qtale_lib.lab import Lab, Spec, run_spec
 from qtale_lib.provenance import ROOT, git_commit, last_change, versions
-from qtale_lib.store import digest, write_json
+from qtale_lib.store import canonical, digest, read_json, write_json
 
 REFERENCE = "reference"
 KEPT_LISTS = ("coarse", "fine")
@@ -40,6 +40,42 @@ def publish(lab: Lab, results: Path | None = None, figures: Path | None = None) 
     copies = [_copied(path, results / "tables") for path in _files(lab.tables)]
     copies += [_copied(path, figures) for path in _files(lab.figures)]
     return [results / "results.json", results / "provenance.json", *copies]
+
+
+def committed(profile: str) -> dict[str, dict[str, Any]]:
+    """The published results of the profile of this name, by `cell`; empty if none are committed."""
+    kinds = read_json(ROOT / "results" / REFERENCE / profile / "results.json") or {}
+    kinds.pop("common", None)
+    return {cell(kind, result["spec"]): result for kind, results in kinds.items() for result in results}
+
+
+def cell(kind: str, spec: Spec) -> str:
+    """What a result is called wherever it was computed; its key also says from what."""
+    return canonical([kind, spec])
+
+
+def sameness(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """A sentence on results here and their committed ones, of one run, its fine-tuning first: whether the
+    adapter is the same, and if not, or if the evaluations differ, whether that can lie in the machine alone.
+    """
+    trained, there = pairs[0]
+    same_keys = [here["key"] == other["key"] for here, other in pairs]
+    if trained["value"]["adapter_sha256"] == there["value"]["adapter_sha256"]:
+        if all(same_keys[1:]):
+            return "The adapter is the committed one, bit for bit, and was evaluated as that was."
+        return (
+            "The adapter is the committed one, bit for bit, but was evaluated at another θ, on other "
+            "questions, with other settings or by another version."
+        )
+    if same_keys[0]:
+        return (
+            "The adapter is not the committed one, though made from the same base, rows and settings: "
+            "another CPU or build of torch may round otherwise."
+        )
+    return (
+        "The adapter is not the committed one, which was made from another base or other rows, "
+        "with other settings or by another version."
+    )
 
 
 def _emptied(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 from pool_work import run_here
 from small_run import profile, save_base
 
-from qtale_lib import contrasts, jobs, provenance, publishing
+from qtale_lib import cli, contrasts, jobs, provenance, publishing
 from qtale_lib import lab as lab_module
+from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
 
 
@@ -90,6 +92,95 @@ def test_evaluations_made_elsewhere_are_told(lab, tmp_path):
         path.write_text(before)
     told = json.loads((tmp_path / lab.profile.name / "provenance.json").read_text())
     assert "another" in told["devices"] and 99 in told["cores"] and "f" * 40 in told["git_commits"]
+
+
+@pytest.fixture
+def evaluate(lab, published, tmp_path, monkeypatch, capsys):
+    """`evaluate` on a copy of the store, beside what is published; returns the lab and its output's lines."""
+    shutil.copytree(lab.directory, tmp_path / lab.profile.name)
+    shutil.copytree(published, tmp_path / "results" / "reference" / lab.profile.name)
+    monkeypatch.setattr(publishing, "ROOT", tmp_path)
+    monkeypatch.setattr(lab_module, "run_tasks", run_here)
+
+    def call(method: str, bits: int = 3, changes: dict | None = None, **options) -> tuple[Lab, str]:
+        chosen = lab.profile.model_copy(update={"tasks": ("arc_easy",), **(changes or {})})
+        own = Lab(chosen, tmp_path)
+        monkeypatch.setattr(cli, "_one", lambda *_: (own, jobs.Run("arc_easy", method, 0)))
+        cli.evaluate("arc_easy", method, bits=bits, **options)
+        return own, capsys.readouterr().out
+
+    return call
+
+
+def rows(said: str, name: str) -> list[list[str]]:
+    """The cells of every row of this name."""
+    lines = [[part.strip() for part in line.strip("│").split("│")] for line in said.splitlines()]
+    return [cells[1:] for cells in lines if cells[0] == name]
+
+
+def test_evaluate_shows_the_committed_numbers_beside_its_own(lab, evaluate):
+    _, said = evaluate("qtale")
+    for name in ("acc", "expected_acc", "open_acc", "nll", "execution_ratio", "loss_ratio"):
+        found = rows(said, name)
+        assert [cells[2] for cells in found] == ["0"] * 3  # argmax, searched, zero
+        assert all(here == committed != "" for here, committed, _ in found)
+    assert said.endswith("The adapter is the committed one, bit for bit, and was evaluated as that was.\n")
+
+
+def test_another_number_is_shown_with_its_difference(evaluate, tmp_path):
+    path = tmp_path / "results" / "reference" / "smoke" / "results.json"
+    results = json.loads(path.read_text())
+    for entry in results["evaluation"]:
+        entry["value"]["nll"] += 0.5
+    path.write_text(json.dumps(results))
+    _, said = evaluate("full")
+    (cells,) = rows(said, "nll")
+    assert cells[2] == "-0.5" and float(cells[1]) == pytest.approx(float(cells[0]) + 0.5, abs=1e-4)
+
+
+def test_fresh_computes_one_runs_cell_anew_and_gives_the_committed_numbers(lab, evaluate, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "smoke" / "store").rglob("*-*.json")}
+    _, said = evaluate("full", fresh=True)
+    assert rows(said, "acc")[0][2] == "0" and "is the committed one, bit for bit, and was" in said
+    anew = {path.name.split("-")[0] for path, time in before.items() if path.stat().st_mtime_ns != time}
+    name = "arc_easy.full.s0"
+    assert anew == {name, f"{name}.b3", f"{name}.b3.none"}
+
+
+def test_what_cannot_be_computed_is_said_before_anything_is_forgotten(evaluate, tmp_path):
+    before = set((tmp_path / "smoke" / "store").rglob("*"))
+    with pytest.raises(UserError, match="does not divide"):
+        evaluate("full", changes={"group_size": 24}, fresh=True)
+    assert before == set((tmp_path / "smoke" / "store").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"max_steps": 5}, "which was made from another base or other rows, with other settings"),
+        ({"group_size": 16}, "bit for bit, but was evaluated at another θ"),
+    ],
+)
+def test_it_is_said_that_other_settings_give_other_numbers(evaluate, changes, reason):
+    _, said = evaluate("full", changes=changes)
+    assert reason in said
+
+
+def test_another_adapter_of_the_same_settings_is_laid_to_the_machine(evaluate, tmp_path):
+    path = tmp_path / "results" / "reference" / "smoke" / "results.json"
+    results = json.loads(path.read_text())
+    for entry in results["finetune"]:
+        entry["value"]["adapter_sha256"] = "another"
+    path.write_text(json.dumps(results))
+    _, said = evaluate("full")
+    assert "another CPU or build of torch may round otherwise" in said
+
+
+def test_without_committed_results_the_same_numbers_are_shown(evaluate, tmp_path):
+    shutil.rmtree(tmp_path / "results")
+    _, said = evaluate("full", bits=16)
+    assert rows(said, "expected_acc") and rows(said, "open_acc") and "committed" not in said
+    assert "results/reference holds nothing at 16 bit for profile smoke" in said
 
 
 def test_the_last_change_of_a_file_is_its_last_commit(tmp_path, monkeypatch):

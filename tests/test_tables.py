@@ -55,6 +55,7 @@ BUILDERS = {
     "gaps": layer_tables.gaps_table,
     "flips": layer_tables.flips_table,
     "claims": lambda store: results.verdict_table(claims.verdicts(store, "07")),
+    "scoreboard": lambda store: results.scoreboard(claims.verdicts(store)),
 }
 
 
@@ -415,6 +416,21 @@ def test_a_table_of_quantities_is_compared_with_the_committed_reference():
     beside = tables.beside_reference(layer_tables.noise_table(), reader("b"))
     assert "differs from this one in base" in beside.notes[0]  # and in what is newer than that run
     assert set(beside.frame.column) == {"measured", "closed form"} and len(beside.frame) > 4
+
+
+def test_the_scoreboard_holds_every_claim_in_a_short_line_with_the_primary_ones_first():
+    verdicts = claims.verdicts(STORE)
+    table = results.scoreboard(verdicts)
+    held, frame = table.frame.set_index("id"), verdicts.set_index("id")
+    assert set(held.index) == set(frame.index)
+    for column in ("effect", "low", "high", "power", "verdict"):
+        assert held[column].equals(frame.loc[held.index, column])
+    families = list(dict.fromkeys(verdicts.family))
+    families.sort(key=lambda family: family != "primary")
+    assert list(dict.fromkeys(held.family)) == families == [name for name in table.text.family if name]
+    assert max(map(len, tables.to_markdown(table).splitlines()[:-1])) <= 250
+    empty = (table.text == "").values
+    assert not empty[0].any() and (empty[:, :-1] >= empty[:, 1:]).all()  # what is empty stands above
 
 
 def test_packed_files_stand_beside_their_formula():

@@ -46,6 +46,7 @@ BUILDERS = {
     "arithmetic": lambda store: results.arithmetic_table(),
     "efficiency": efficiency_tables.efficiency_table,
     "efficiency beside": efficiency_tables.efficiency_beside_paper,
+    "loss ratio": efficiency_tables.loss_ratio_table,
     "files": efficiency_tables.file_table,
     "reconciled": lambda store: efficiency_tables.reconciliation_table(),
     "relative": lambda store: efficiency_tables.relative_table(),
@@ -211,6 +212,22 @@ def test_flops_are_the_layers_times_the_measured_ratio():
     assert cell.layers == pytest.approx(full.layers * cell.R) and full.routers == 0
     assert cell.routers == 2 * 6 * (128 // 8) * (128 + 2)  # six routed layers, h = d / 8
     assert cell.bytes > full.bytes == efficiency.model_bytes(efficiency_tables.shape(STORE), 3)["total"]
+
+
+def test_loss_ratios_are_those_of_16_bits_at_arg_max_and_the_largest_gaps_come_last():
+    store = Measurements(FakeLab(tasks=["piqa", "mmlu"], seeds=[0, 1], questions=60))
+    table = efficiency_tables.loss_ratio_table(store)
+    held = table.frame.set_index("task")
+    raw = store.evaluations.query("bits == 16 and theta_rule == 'argmax'")
+    raw = raw.set_index(["task", "method", "seed"]).sort_index().loss_ratio.astype(float)
+    row = held.loc["piqa"]
+    assert row.dllm == pytest.approx(raw["piqa", "dllm"].mean())
+    assert row.dllm_off_target == pytest.approx(row.dllm - 0.5)
+    assert row.difference == pytest.approx(row.qtale - row.dllm)
+    assert row.difference_spread == pytest.approx((raw["piqa", "qtale"] - raw["piqa", "dllm"]).std())
+    last = table.text.iloc[-1]
+    assert last["QTALE − D-LLM"] == number(held.difference.abs().max(), 3)
+    assert last["D-LLM − target"] == number(held.dllm_off_target.abs().max(), 3)
 
 
 def test_flips_table_holds_measured_and_closed_form():

@@ -41,7 +41,7 @@ class Claim:
     """One claim: the paper's words and where they stand, what is computed, the range that it claims.
 
     `paper` is the same effect in the paper's tables, where it prints one; `smallest` the smallest effect of
-    interest, in the claim's unit.
+    interest, in the claim's unit; `group` the group of tasks measured, "" where it is none.
     """
 
     id: str
@@ -53,6 +53,7 @@ class Claim:
     unit: str
     runs: Callable[[Measurements], list[Run]]
     smallest: float
+    group: str = ""
     low: float = -inf
     high: float = inf
     paper: float | None = None
@@ -78,7 +79,7 @@ def _noise_claim(measured: str, unit: str, statistic: Callable[[np.ndarray], flo
 
 def _probe_claim(effect: Callable[[Probes], float], methods: tuple[str, ...] = ("dllm",), **said) -> Claim:
     runs = partial(effects.probe_runs, effect=effect, methods=methods)
-    return Claim(family="figures", runs=runs, **said)
+    return Claim(family="figures", group="csqa", runs=runs, **said)
 
 
 # Figure 4: the noise. Figures 2, 3, 5-7: the probes.
@@ -220,6 +221,7 @@ def _stated_claim(family: str, contrast: Contrast, group: str) -> Claim:
         unit=metric.unit,
         smallest=metric.smallest,
         runs=partial(_contrast_runs, contrast=contrast, group=group),
+        group=group,
         low=low,
         high=high,
         paper=effects.paper_effect(contrast.cells, group, contrast.measure) if contrast.cells else None,
@@ -266,7 +268,7 @@ def verdicts(store: Measurements, notebook: str | None = None) -> pd.DataFrame:
 
 
 def _row(claim: Claim, case: Case, judged: Judgement) -> dict[str, object]:
-    said = ("id", "family", "notebook", "quote", "source", "measured", "unit", "paper")
+    said = ("id", "family", "notebook", "quote", "source", "group", "measured", "unit", "paper")
     numbers = ("effect", "low", "high", "tasks", "seeds", "runs", "questions", "trial")
     ratios = ("ratio_low", "ratio_high")
     return {

@@ -11,8 +11,8 @@ import pandas as pd
 from qtale_lib import efficiency, paper
 from qtale_lib.effects import paper_rule
 from qtale_lib.measurements import ROUTED_METHODS, Measurements, group_of
-from qtale_lib.results import quantizer
-from qtale_lib.tables import NOT_RUN, Table, beside, number, of_numbers
+from qtale_lib.results import ERRORS, quantizer
+from qtale_lib.tables import NOT_RUN, Table, beside, number, of_numbers, with_errors
 
 MIB, MEGA = 2**20, 10**6
 KEYS = ["bits", "method", "group"]
@@ -121,6 +121,48 @@ def _labelled(table: Table) -> Table:
     table.text["method"] = table.text.method.map(paper.METHODS)
     table.text["group"] = table.text.group.map(paper.TASK_LABELS)
     return table
+
+
+def loss_ratios(store: Measurements) -> pd.DataFrame:
+    """Loss-R in 16 bits at θ 0.5, one row a task of the profile: `dllm`, `qtale`, their `difference` (each a
+    mean over seeds with its `_spread`), and how far above the target (`_off_target`) the methods' lie.
+    """
+    frame = store.evaluations.reindex(columns=["task", "method", "seed", "bits", "theta_rule", "loss_ratio"])
+    frame = frame[(frame.bits == 16) & (frame.theta_rule == "argmax")]
+    runs = frame.pivot(index=["task", "seed"], columns="method", values="loss_ratio")
+    runs = runs.reindex(columns=ROUTED_METHODS).astype(float)
+    seeds = runs.assign(difference=runs.qtale - runs.dllm).groupby("task")
+    means = seeds.mean().reindex(store.profile.tasks)
+    off = (means[list(ROUTED_METHODS)] - store.profile.training.rate_target).add_suffix("_off_target")
+    return means.join([seeds.std().add_suffix("_spread"), off]).rename_axis("task").reset_index()
+
+
+def loss_ratio_table(store: Measurements) -> Table:
+    """Whether D-LLM and QTALE come to the same execution ratio, and to the target; the largest gaps last."""
+    frame = loss_ratios(store)
+    text = pd.DataFrame({"task": frame.task.map(paper.TASK_LABELS)})
+    for name, label in {**RATIOS, **GAPS}.items():
+        spreads = frame[f"{name}_spread"] if f"{name}_spread" in frame else [None] * len(frame)
+        text[label] = [with_errors(v, None, s, 3) for v, s in zip(frame[name], spreads, strict=True)]
+    largest = {label: number(frame[name].abs().max(), 3) for name, label in GAPS.items()}
+    text.loc[len(text)] = {"task": "largest, + or −", **dict.fromkeys(RATIOS.values(), "–"), **largest}
+    notes = (
+        "Loss-R: the executed share of the (token, layer) pairs that the rate loss counts, on the "
+        f"{store.profile.evaluated} questions, with θ = 0.5 in 16 bits; training aims at "
+        f"{store.profile.training.rate_target}.",
+        ERRORS[1],
+        "The claims ask for a difference within 0.03, and for the target within 0.1.",
+    )
+    caption = f"Execution ratio as the rate loss counts it (loss-R), profile {store.profile.name}"
+    return Table("loss_ratio", caption, text, frame, ("task",), notes)
+
+
+RATIOS = {"dllm": "D-LLM", "qtale": "QTALE"}
+GAPS = {
+    "difference": "QTALE − D-LLM",
+    "dllm_off_target": "D-LLM − target",
+    "qtale_off_target": "QTALE − target",
+}
 
 
 def file_table(store: Measurements) -> Table:

@@ -6,7 +6,9 @@ over seeds (trial error) stands in brackets behind it.
 
 from __future__ import annotations
 
+import re
 from math import inf, sqrt
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -328,13 +330,63 @@ def verdict_table(frame: pd.DataFrame, name: str = "claims") -> Table:
         "paper's": [number(value) if pd.notna(value) else "–" for value in frame.paper],
         "p": [_probability(value) for value in frame.p],
         "corrected": [_probability(value) for value in frame.corrected],
-        "power": [f"{value:.0%}" if pd.notna(value) else "–" for value in frame.power],
+        "power": [_percent(value) for value in frame.power],
         f"seeds for {POWER:.0%}": [_seeds(value) for value in frame.seeds_needed],
         "over": [_basis(row) for row in frame.itertuples()],
         "verdict": [f"{row.verdict}: {row.reason}" for row in frame.itertuples()],
     })  # fmt: skip
     counts = ", ".join(f"{count} {word}" for word, count in tally(frame).items())
     return Table(name, f"Claims: {counts}", text, frame, ("id",), (RULE, *_what_scores_are()))
+
+
+def scoreboard(frame: pd.DataFrame) -> Table:
+    """The same verdicts on one page: one short line a claim, the primary family first."""
+    frame = frame.sort_values("family", key=lambda family: family != "primary", kind="stable")
+    frame = frame[list(SCOREBOARD)].reset_index(drop=True)
+    claims = [_in_short(row) for row in frame.itertuples()]
+    said = pd.DataFrame({"family": frame.family, "claim": claims, "measured": frame.measured})
+    text = _said_once(said).assign(**{
+        "tasks": [paper.TASK_LABELS.get(group, "–") for group in frame.group],
+        "effect [95 %]": [_short_interval(row) for row in frame.itertuples()],
+        "verdict": frame.verdict,
+        "power": [_percent(value) for value in frame.power],
+        "notebook": frame.notebook,
+    })  # fmt: skip
+    counts = ", ".join(f"{count} {word}" for word, count in tally(frame).items())
+    notes = (
+        "An empty cell says the same as the one above it. Effects on accuracy are in points, on PPL in "
+        "percent; a gain is positive.",
+        "In full, with p, the paper's effects and the rule behind the verdicts: table claims.",
+    )
+    return Table("scoreboard", f"Which claims hold: {counts}", text, frame, ("id",), notes)
+
+
+SCOREBOARD = ("id", "family", "quote", "source", "measured", "group",
+              "effect", "low", "high", "unit", "verdict", "power", "notebook")  # fmt: skip
+
+
+def _said_once(said: pd.DataFrame) -> pd.DataFrame:
+    """Cells that say the same as those above, like all cells to their left, left empty."""
+    repeated = (said == said.shift()).cummin(axis=1)
+    return said.mask(repeated, "")
+
+
+def _in_short(row: Any) -> str:
+    """The first words of a claim, and the first place where it stands."""
+    words = shorten(row.quote, 44, placeholder=" …", break_on_hyphens=False).replace("… …", "…")
+    return f"“{words}”, {re.split('[,;]', row.source)[0]}"
+
+
+def _short_interval(row: Any) -> str:
+    if pd.isna(row.effect):
+        return "–"
+    ends = "–" if pd.isna(row.low) else f"{number(row.low)}, {number(row.high)}"
+    unit = re.split(" of | [(]", row.unit.removeprefix("accuracy "))[0]
+    return f"{number(row.effect)} [{ends}] {unit}"
+
+
+def _percent(value: float) -> str:
+    return "–" if pd.isna(value) else f"{value:.0%}"
 
 
 def _what_scores_are() -> tuple[str, ...]:

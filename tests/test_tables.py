@@ -46,6 +46,7 @@ BUILDERS = {
     "arithmetic": lambda store: results.arithmetic_table(),
     "efficiency": efficiency_tables.efficiency_table,
     "efficiency beside": efficiency_tables.efficiency_beside_paper,
+    "loss ratio": efficiency_tables.loss_ratio_table,
     "files": efficiency_tables.file_table,
     "reconciled": lambda store: efficiency_tables.reconciliation_table(),
     "relative": lambda store: efficiency_tables.relative_table(),
@@ -55,6 +56,7 @@ BUILDERS = {
     "gaps": layer_tables.gaps_table,
     "flips": layer_tables.flips_table,
     "claims": lambda store: results.verdict_table(claims.verdicts(store, "07")),
+    "scoreboard": lambda store: results.scoreboard(claims.verdicts(store)),
 }
 
 
@@ -210,6 +212,22 @@ def test_flops_are_the_layers_times_the_measured_ratio():
     assert cell.layers == pytest.approx(full.layers * cell.R) and full.routers == 0
     assert cell.routers == 2 * 6 * (128 // 8) * (128 + 2)  # six routed layers, h = d / 8
     assert cell.bytes > full.bytes == efficiency.model_bytes(efficiency_tables.shape(STORE), 3)["total"]
+
+
+def test_loss_ratios_are_those_of_16_bits_at_arg_max_and_the_largest_gaps_come_last():
+    store = Measurements(FakeLab(tasks=["piqa", "mmlu"], seeds=[0, 1], questions=60))
+    table = efficiency_tables.loss_ratio_table(store)
+    held = table.frame.set_index("task")
+    raw = store.evaluations.query("bits == 16 and theta_rule == 'argmax'")
+    raw = raw.set_index(["task", "method", "seed"]).sort_index().loss_ratio.astype(float)
+    row = held.loc["piqa"]
+    assert row.dllm == pytest.approx(raw["piqa", "dllm"].mean())
+    assert row.dllm_off_target == pytest.approx(row.dllm - 0.5)
+    assert row.difference == pytest.approx(row.qtale - row.dllm)
+    assert row.difference_spread == pytest.approx((raw["piqa", "qtale"] - raw["piqa", "dllm"]).std())
+    last = table.text.iloc[-1]
+    assert last["QTALE − D-LLM"] == number(held.difference.abs().max(), 3)
+    assert last["D-LLM − target"] == number(held.dllm_off_target.abs().max(), 3)
 
 
 def test_flips_table_holds_measured_and_closed_form():
@@ -415,6 +433,21 @@ def test_a_table_of_quantities_is_compared_with_the_committed_reference():
     beside = tables.beside_reference(layer_tables.noise_table(), reader("b"))
     assert "differs from this one in base" in beside.notes[0]  # and in what is newer than that run
     assert set(beside.frame.column) == {"measured", "closed form"} and len(beside.frame) > 4
+
+
+def test_the_scoreboard_holds_every_claim_in_a_short_line_with_the_primary_ones_first():
+    verdicts = claims.verdicts(STORE)
+    table = results.scoreboard(verdicts)
+    held, frame = table.frame.set_index("id"), verdicts.set_index("id")
+    assert set(held.index) == set(frame.index)
+    for column in ("effect", "low", "high", "power", "verdict"):
+        assert held[column].equals(frame.loc[held.index, column])
+    families = list(dict.fromkeys(verdicts.family))
+    families.sort(key=lambda family: family != "primary")
+    assert list(dict.fromkeys(held.family)) == families == [name for name in table.text.family if name]
+    assert max(map(len, tables.to_markdown(table).splitlines()[:-1])) <= 250
+    empty = (table.text == "").values
+    assert not empty[0].any() and (empty[:, :-1] >= empty[:, 1:]).all()  # what is empty stands above
 
 
 def test_packed_files_stand_beside_their_formula():

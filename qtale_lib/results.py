@@ -7,7 +7,7 @@ over seeds (trial error) stands in brackets behind it.
 from __future__ import annotations
 
 import re
-from math import inf, sqrt
+from math import inf, nan, sqrt
 from textwrap import shorten
 from typing import Any
 
@@ -17,15 +17,16 @@ import pandas as pd
 from qtale_lib import paper
 from qtale_lib.claims import tally
 from qtale_lib.contrasts import stated
-from qtale_lib.effects import paper_rule
+from qtale_lib.effects import contrast_runs, paper_rule
 from qtale_lib.measurements import Measurements, group_of
 from qtale_lib.provenance import device_name, git_commit, versions
-from qtale_lib.statistics import POWER, RULE
+from qtale_lib.statistics import POWER, RULE, estimate
 from qtale_lib.sweep import chosen
 from qtale_lib.tables import NOT_RUN, Table, beside, number, with_errors
 
 ERRORS = (
-    "± is the standard error over questions (sampling error); for PPL over responses.",
+    "± is the standard error over questions (sampling error), for PPL over responses. It is lm-eval's, which "
+    "takes questions as independent; some share facts, which the intervals of the claims allow for.",
     "In brackets: the standard deviation over seeds (trial error), where there are two or more.",
 )
 RULES_NOTE = (
@@ -195,38 +196,46 @@ METRICS = {
 
 
 def metrics_table(store: Measurements) -> Table:
-    """Accuracy measured in further ways (mean over the CSQA tasks run): rows bits x method."""
-    frame = store.evaluations
-    keys = ["bits", "method"]
-    if len(frame):
-        usual = [rule == paper_rule(m, b) for rule, m, b in frame[["theta_rule", "method", "bits"]].values]
-        frame = frame[np.array(usual) & (frame.task.map(group_of) == "csqa")]
-    frame = frame.reindex(columns=[*keys, "task", "seed", *METRICS])
-    values = frame[list(METRICS)].astype(float) * [1.0 if name == "nll" else 100.0 for name in METRICS]
-    frame = frame.assign(**values).groupby([*keys, "seed"], sort=False)[list(METRICS)].mean()
-    means = frame.groupby(keys, sort=False).mean().reset_index()
-    means = means.sort_values("bits", ascending=False, kind="stable")
+    """Accuracy measured in further ways (CSQA: mean over the tasks run): rows bits x tasks x method."""
+    means = metrics(store)
     text = pd.DataFrame([
-        {"bits": str(row.bits), "method": paper.METHODS[row.method],
+        {"bits": str(row.bits), "tasks": paper.TASK_LABELS[row.group], "method": paper.METHODS[row.method],
          "θ": _theta_text(paper_rule(row.method, row.bits)),
-         **{label: number(getattr(row, name), 2 if name == "nll" else 1) for name, label in METRICS.items()}}
-        for row in means.itertuples()
+         **{label: with_errors(row[name], None, row[f"{name}_spread"], 2 if name == "nll" else 1)
+            for name, label in METRICS.items()}}
+        for _, row in means.iterrows()
     ])  # fmt: skip
     notes = (
         "Sampled: against the choices that the question came with. Expected: its expectation over that draw. "
         "Open: against every value that a choice could have been. NLL: −log of the right choice's share.",
         "Expected and open leave out the luck of the draw; they are known where the choices were drawn.",
+        ERRORS[1],
         RULES_NOTE,
     )
-    caption = "Accuracy (%, mean over the CSQA tasks run) in further ways"
-    return Table("table_1_2_metrics", caption, text, means, tuple(keys), notes)
+    caption = "Accuracy (%; CSQA: mean over the tasks run) in further ways"
+    return Table("table_1_2_metrics", caption, text, means, ("bits", "group", "method"), notes)
+
+
+def metrics(store: Measurements) -> pd.DataFrame:
+    """Tidy: bits, group (csqa, mmlu), method, METRICS (means over tasks and seeds), each with `_spread`."""
+    frame = store.evaluations.reindex(columns=["bits", "task", "method", "seed", "theta_rule", *METRICS])
+    usual = [rule == paper_rule(m, b) for rule, m, b in frame[["theta_rule", "method", "bits"]].values]
+    frame = frame[np.array(usual, dtype=bool)].assign(group=lambda f: f.task.map(group_of))
+    frame = frame[frame.group != "alpaca"]
+    values = frame[list(METRICS)].astype(float) * [1.0 if name == "nll" else 100.0 for name in METRICS]
+    frame = frame.assign(**values)
+    keys = ["bits", "group", "method"]
+    seeds = frame.groupby([*keys, "seed"], sort=False)[list(METRICS)].mean().groupby(keys, sort=False)
+    both = seeds.mean().join(seeds.std().add_suffix("_spread")).reset_index()
+    return both.sort_values(["bits", "group"], ascending=[False, True], kind="stable", ignore_index=True)
 
 
 def changes_table(store: Measurements) -> Table:
     """What quantization changes from a method's own 16-bit value, ours beside both of the paper's models."""
-    sources = {"ours": accuracy_cells(store), **dict(iter(paper.accuracy().groupby("model")))}
-    frame = pd.concat([_changes(cells).assign(source=name) for name, cells in sources.items()])
-    held = frame.set_index(["source", "bits", "method", "task"]).change
+    printed = paper.accuracy()
+    sources = {"ours": changes(store), **{m: _printed_changes(part) for m, part in printed.groupby("model")}}
+    frame = pd.concat([part.assign(source=name) for name, part in sources.items()])
+    held = frame.set_index(["source", "bits", "method", "task"])
     rows = [
         (b, t, m)
         for b in (4, 3, 2)
@@ -236,13 +245,24 @@ def changes_table(store: Measurements) -> Table:
     ]
     text = pd.DataFrame([
         {"bits": str(bits), "task": paper.TASK_LABELS[task], "method": paper.METHODS[method],
-         **{source: signed(held.get((source, bits, method, task))) for source in sources}}
+         **{source: _change_text(held, source, bits, method, task) for source in sources}}
         for bits, task, method in rows
     ])  # fmt: skip
-    notes = ("Accuracy points; for PPL the change in percent (100 x difference of log PPL).", RULES_NOTE)
+    notes = (
+        "Accuracy points; for PPL the change in percent (100 x difference of log PPL). Ours: of the expected "
+        "accuracy where that is known, as in the claims.",
+        "± is the standard error over questions (sampling error) from answers paired question by question, "
+        "those that share facts moving together.",
+        ERRORS[1],
+        RULES_NOTE,
+    )
     caption = "Change from 16 bits, ours beside the paper's models"
     keys = ("source", "bits", "method", "task")
     return Table("table_1_2_changes", caption, text, frame, keys, notes)
+
+
+def _change_text(held: pd.DataFrame, *key: Any) -> str:
+    return with_errors(*held.loc[key, CHANGE], sign=True) if key in held.index else "–"
 
 
 def signed(value: float | None) -> str:
@@ -250,14 +270,31 @@ def signed(value: float | None) -> str:
     return "–" if value is None else number(value, sign=True)
 
 
-CHANGED = ("avg", "mmlu", "alpaca_ppl")
+CHANGED = {"avg": "csqa", "mmlu": "mmlu", "alpaca_ppl": "alpaca"}
+CHANGE = ["change", "change_sampling", "change_spread"]
 
 
-def _changes(cells: pd.DataFrame) -> pd.DataFrame:
+def changes(store: Measurements) -> pd.DataFrame:
+    """Ours, tidy: bits, method, task, change (mean over tasks and seeds), change_sampling, change_spread."""
+    cells = [(b, m, t) for b in store.profile.bits if b < 16 for m in store.profile.methods for t in CHANGED]
+    rows = [(*cell, *_change(store, *cell)) for cell in cells]
+    return pd.DataFrame(rows, columns=["bits", "method", "task", *CHANGE]).dropna(subset="change")
+
+
+def _change(store: Measurements, bits: int, method: str, task: str) -> tuple[float, float, float]:
+    contrast = {(method, bits, paper_rule(method, bits)): 1.0, (method, 16, paper_rule(method, 16)): -1.0}
+    runs = contrast_runs(store, contrast, CHANGED[task], "score")
+    if not runs:
+        return nan, nan, nan
+    gain, seeds = estimate(runs), pd.Series([run.effect for run in runs]).groupby([run.seed for run in runs])
+    sign = -1.0 if task == "alpaca_ppl" else 1.0  # a gain is a fall of PPL
+    return sign * gain.effect, gain.sampling_error, seeds.mean().std()
+
+
+def _printed_changes(cells: pd.DataFrame) -> pd.DataFrame:
     cells = cells[cells.task.isin(CHANGED)]
     ppl = cells.task == "alpaca_ppl"
-    values = cells.value.astype(float)
-    cells = cells.assign(value=np.where(ppl, 100 * np.log(values), values))
+    cells = cells.assign(value=np.where(ppl, 100 * np.log(cells.value), cells.value))
     whole = cells[cells.bits == 16].set_index(["method", "task"]).value.rename("whole")
     cells = cells[cells.bits < 16].join(whole, on=["method", "task"])
     return cells.assign(change=cells.value - cells.whole)[["bits", "method", "task", "change"]]

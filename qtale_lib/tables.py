@@ -53,12 +53,12 @@ def number(value: Any, digits: int = 2, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
-def with_errors(value: Any, sampling: Any, spread: Any = None, digits: int = 2) -> str:
+def with_errors(value: Any, sampling: Any, spread: Any = None, digits: int = 2, sign: bool = False) -> str:
     """ "78.90 ± 1.10", and "(0.80)" behind it if a spread over seeds is known."""
     if number(value) == NOT_RUN:
         return NOT_RUN
     known = number(sampling, digits) != NOT_RUN
-    text = number(value, digits) + (f" ± {number(sampling, digits)}" if known else "")
+    text = number(value, digits, sign) + (f" ± {number(sampling, digits)}" if known else "")
     return text if number(spread) == NOT_RUN else f"{text} ({number(spread, digits)})"
 
 

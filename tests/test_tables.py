@@ -94,7 +94,7 @@ def test_every_table_is_written_in_three_formats(name, store, tmp_path):
     assert not table.frame.duplicated(list(table.keys)).any()
 
 
-def test_further_metrics_are_means_over_the_commonsense_tasks_in_percent():
+def test_further_metrics_are_means_over_the_tasks_of_a_group_in_percent_with_the_spread_over_seeds():
     accuracies = [("piqa", 0, 0.8), ("boolq", 0, 0.6), ("piqa", 1, 0.4), ("boolq", 1, 0.6), ("mmlu", 0, 0.1)]
     frame = pd.DataFrame([
         {"task": t, "method": "full", "seed": s, "bits": 16, "theta_rule": "none", "metric": "acc",
@@ -104,8 +104,10 @@ def test_further_metrics_are_means_over_the_commonsense_tasks_in_percent():
     store = SimpleNamespace(evaluations=frame, profile=STORE.profile)
     table = results.metrics_table(store)
     assert table.text.to_dict("records") == [
-        {"bits": "16", "method": "Full", "θ": "–", "sampled": "60.0", "expected": "70.0", "open": "50.0",
-         "NLL of the choices": "0.30"}
+        {"bits": "16", "tasks": "CSQA", "method": "Full", "θ": "–", "sampled": "60.0 (14.1)",
+         "expected": "70.0 (14.1)", "open": "50.0 (14.1)", "NLL of the choices": "0.30 (0.07)"},
+        {"bits": "16", "tasks": "MMLU", "method": "Full", "θ": "–", "sampled": "10.0", "expected": "20.0",
+         "open": "0.0", "NLL of the choices": "0.05"},
     ]  # fmt: skip
 
 
@@ -163,10 +165,32 @@ def test_changes_are_from_the_methods_own_16_bits():
     held = results.changes_table(STORE).frame.set_index(["source", "bits", "method", "task"]).change
     assert held["LLaMA2-7B", 3, "dllm", "avg"] == pytest.approx(70.57 - 80.06)
     assert held["LLaMA3.1-8B", 4, "full", "alpaca_ppl"] == pytest.approx(100 * np.log(3.65 / 3.57))
-    ours = results.accuracy_cells(STORE).set_index(["bits", "method", "task"]).value
-    assert held["ours", 4, "full", "mmlu"] == pytest.approx(
-        ours[4, "full", "mmlu"] - ours[16, "full", "mmlu"]
+    answers = {bits: STORE.answers["mmlu", "full", 0, bits, "none"].mean for bits in (4, 16)}
+    assert held["ours", 4, "full", "mmlu"] == pytest.approx(answers[4] - answers[16])
+    ppl = (
+        STORE.evaluations.set_index(["task", "method", "bits", "theta_rule"])
+        .sort_index()
+        .ppl["alpaca", "dllm"]
     )
+    assert held["ours", 3, "dllm", "alpaca_ppl"] == pytest.approx(
+        100 * np.log(ppl[3, "argmax"] / ppl[16, "argmax"])
+    )
+
+
+def test_a_change_has_the_error_of_paired_answers_and_the_spread_over_seeds():
+    store = Measurements(FakeLab(tasks=["piqa", "siqa"], bits=[16, 4], seeds=[0, 1], questions=60))
+    row = results.changes(store).set_index(["method", "task"]).loc["dllm", "avg"]
+    score = {
+        (task, seed, bits): store.answers[task, "dllm", seed, bits, "argmax"].mean
+        for task in ("piqa", "siqa") for seed in (0, 1) for bits in (16, 4)
+    }  # fmt: skip
+    seeds = [np.mean([score[t, seed, 4] - score[t, seed, 16] for t in ("piqa", "siqa")]) for seed in (0, 1)]
+    assert row.change == pytest.approx(np.mean(seeds))
+    assert row.change_spread == pytest.approx(np.std(seeds, ddof=1))
+    apart = results.accuracy_cells(store).set_index(["bits", "method", "task"]).sampling
+    assert 0 < row.change_sampling < np.hypot(apart[4, "dllm", "avg"], apart[16, "dllm", "avg"])
+    shown = results.changes_table(store).text.set_index("method").ours["D-LLM"]
+    assert shown == with_errors(row.change, row.change_sampling, row.change_spread, sign=True)
 
 
 def test_ablation_pairs_entropy_with_the_method_and_theta_with_the_rule():

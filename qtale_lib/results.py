@@ -308,7 +308,9 @@ def rows_table(store: Measurements) -> Table:
         lambda value: "–" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
     )
     text["task"] = frame.task.map(paper.TASK_LABELS)
-    notes = ("Dropped, cut: too long for the profile's max_length. Facts: distinct facts asked for.",)
+    notes = (
+        "Dropped, cut: too long for the profile's max_length. Facts: distinct facts that the rows rest on.",
+    )
     return Table("rows", "Rows by split", text, frame, ("task", "split"), notes)
 
 
@@ -320,7 +322,10 @@ def _train_rows(store: Measurements) -> list[dict[str, Any]]:
     runs = runs.drop_duplicates("task") if len(runs) else runs
     specs = [{"task": run.task, "method": run.method, "seed": run.seed} for run in runs.itertuples()]
     values = [store.lab.result("finetune", **spec)["value"] for spec in specs]
-    return [{"task": s["task"], "split": "train", **v["rows"]} for s, v in zip(specs, values, strict=True)]
+    return [
+        {"task": spec["task"], "split": "train", **_rows_and_facts(store, spec["task"], "train", value)}
+        for spec, value in zip(specs, values, strict=True)
+    ]
 
 
 def _search_rows(store: Measurements) -> list[dict[str, Any]]:
@@ -330,9 +335,16 @@ def _search_rows(store: Measurements) -> list[dict[str, Any]]:
     specs = specs.drop_duplicates("task")[["task", "method", "seed", "bits"]].to_dict("records")
     values = [store.lab.result("threshold", **spec)["value"] for spec in specs]
     return [
-        {"task": spec["task"], "split": "θ search", **value["rows"]}
+        {"task": spec["task"], "split": "θ search",
+         **_rows_and_facts(store, spec["task"], "calibration", value)}
         for spec, value in zip(specs, values, strict=True)
-    ]
+    ]  # fmt: skip
+
+
+def _rows_and_facts(store: Measurements, task: str, split: str, value: dict[str, Any]) -> dict[str, Any]:
+    """A result's counts of rows, and of their facts: None without any, or where rows were left out."""
+    facts = {fact for example in store.lab.examples(task, split) for fact in example.facts}
+    return {**value["rows"], "facts": None if value["rows"]["dropped"] else len(facts) or None}
 
 
 def _test_rows(store: Measurements) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ ROUTED_RULES = ("argmax", "searched", "zero")
 RULES = {"full": ("none",), "dllm": ROUTED_RULES, "qtale": ROUTED_RULES, "noisy_full": ("zero",)}
 LAYERS, ALWAYS_RUN, TOKENS, RESERVED = 8, 2, 4000, 400
 SEARCHED = 50  # calibration questions of a θ search
+USED = {"train": 800, "calibration": SEARCHED}
 RISE = {"dllm": 0.3, "qtale": 0.8}  # of the execution ratio, as θ falls from 0.5
 THETA = {"none": None, "argmax": 0.5, "searched": 0.2, "zero": 0.0}
 CONFIG = {
@@ -74,6 +75,9 @@ class FakeLab:
             "parameters": {**parts, "total": sum(parts.values())},
         }
 
+    def examples(self, task: str, split: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(facts=(f"{task}{i // 3}",)) for i in range(USED[split])]
+
     def finetunes(self) -> pd.DataFrame:
         rows = [
             (t, m, s) for t in self.profile.tasks for m in self.profile.methods for s in self.profile.seeds
@@ -97,7 +101,8 @@ class FakeLab:
         return {**spec, **{name: value.get(name) for name in names}}
 
     def result(self, kind: str, **spec: Any) -> dict[str, Any]:
-        value = {"rows": {"used": 800, "dropped": 0, "cut": 0}}
+        used = USED["calibration" if kind == "threshold" else "train"]
+        value = {"rows": {"used": used, "dropped": 0, "cut": 0}}
         if kind == "evaluation":
             value = self.value(spec["task"], spec["method"], spec["seed"], spec["bits"], spec["theta"])
         return {"schema": 1, "kind": kind, "status": "done", "spec": spec, "value": value, "provenance": {}}

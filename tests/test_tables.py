@@ -167,14 +167,19 @@ def test_changes_are_from_the_methods_own_16_bits():
     assert held["LLaMA3.1-8B", 4, "full", "alpaca_ppl"] == pytest.approx(100 * np.log(3.65 / 3.57))
     answers = {bits: STORE.answers["mmlu", "full", 0, bits, "none"].mean for bits in (4, 16)}
     assert held["ours", 4, "full", "mmlu"] == pytest.approx(answers[4] - answers[16])
-    ppl = (
-        STORE.evaluations.set_index(["task", "method", "bits", "theta_rule"])
-        .sort_index()
-        .ppl["alpaca", "dllm"]
-    )
-    assert held["ours", 3, "dllm", "alpaca_ppl"] == pytest.approx(
-        100 * np.log(ppl[3, "argmax"] / ppl[16, "argmax"])
-    )
+    ppl = STORE.evaluations.query("task == 'alpaca' and method == 'dllm' and theta_rule == 'argmax'")
+    ppl = ppl.set_index("bits").ppl
+    assert held["ours", 3, "dllm", "alpaca_ppl"] == pytest.approx(100 * np.log(ppl[3] / ppl[16]))
+
+
+def test_rows_are_told_with_the_facts_that_they_rest_on(monkeypatch):
+    lab = FakeLab(tasks=["piqa"], questions=60)
+    held = results.rows_table(Measurements(lab)).frame.set_index("split")
+    assert held.used.to_dict() == {"train": 800, "θ search": 50, "test": 60}
+    assert held.facts.to_dict() == {"train": 267, "θ search": 17, "test": 30}
+    monkeypatch.setattr(lab, "examples", lambda task, split: [SimpleNamespace(facts=())])
+    without = results.rows_table(Measurements(lab)).frame.set_index("split").facts
+    assert np.isnan(without["train"]) and without["test"] == 30
 
 
 def test_a_change_has_the_error_of_paired_answers_and_the_spread_over_seeds():

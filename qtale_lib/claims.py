@@ -269,11 +269,11 @@ def verdicts(store: Measurements, notebook: str | None = None) -> pd.DataFrame:
 
 def _row(claim: Claim, case: Case, judged: Judgement) -> dict[str, object]:
     said = ("id", "family", "notebook", "quote", "source", "group", "measured", "unit", "paper")
-    numbers = ("effect", "low", "high", "tasks", "seeds", "runs", "questions", "trial")
-    ratios = ("ratio_low", "ratio_high")
+    numbers = ("effect", "low", "high", "tasks", "seeds", "runs", "questions", "trial",
+               "ratio_low", "ratio_high")  # fmt: skip
     return {
         **{name: getattr(claim, name) for name in said},
-        **{name: getattr(case.measured, name, None) for name in (*numbers, *ratios)},
+        **{name: getattr(case.measured, name, None) for name in numbers},
         "made": case.made,
         "effect_spread": _spread_over_seeds(case.measured),
         "effect_sampling": getattr(case.measured, "sampling_error", None),

@@ -277,7 +277,7 @@ def evaluate(
     _ensure(lab, wanted)
     reference = committed(lab.profile.name)
     specs = {rule: run_spec(chosen, bits=bits, theta=rule) for rule in rules(lab.profile, method)}
-    compared = [("finetune", run_spec(chosen))]
+    compared = []  # a result here, and the committed one
     for rule, spec in specs.items():
         found, title = lab.result("evaluation", **spec), f"{chosen.name}, {bits} bit, θ {rule}"
         values = {name: found["value"][name] for name in SHOWN if found["value"].get(name) is not None}
@@ -286,10 +286,11 @@ def evaluate(
             _show(title, values)
         else:
             _show_beside(title, values, other["value"])
-            compared.append(("evaluation", spec))
-    if len(compared) > 1:
-        pairs = [(lab.result(kind, **spec), reference[cell(kind, spec)]) for kind, spec in compared]
-        typer.echo(sameness(pairs))
+            compared.append((found, other))
+    if compared:
+        trained = run_spec(chosen)
+        adapters = lab.result("finetune", **trained), reference[cell("finetune", trained)]
+        typer.echo(sameness([adapters, *compared]))
     else:
         typer.echo(
             f"Of this run, results/reference holds nothing at {bits} bit for profile {lab.profile.name}."

@@ -107,7 +107,7 @@ def _gain(store: Measurements, weights: dict[Cell, float]) -> Run:
     """A weighted sum of scores of one task and seed, on the same questions."""
     answers, (task, _, seed, *_) = [store.answers[cell] for cell in weights], next(iter(weights))
     shares = [answer.scores * answer.weights / answer.weights.mean() for answer in answers]
-    gains = _sign(group_of(task)) * np.dot(list(weights.values()), shares)
+    gains = gain_sign(group_of(task)) * np.dot(list(weights.values()), shares)
     return Run(task, seed, float(gains.mean()), gains, answers[0].shared)
 
 
@@ -122,7 +122,8 @@ def _ratio(store: Measurements, weights: dict[Cell, float], measure: str) -> Run
     return Run(task, seed, 100 * float(np.dot(list(weights.values()), np.array(values) - target)))
 
 
-def _sign(group: str) -> float:
+def gain_sign(group: str) -> float:
+    """Of a gain in a group's score: a fall of PPL is one."""
     return -1.0 if group == "alpaca" else 1.0
 
 
@@ -137,7 +138,7 @@ def paper_effect(contrast: Contrast, group: str, measure: str) -> float | None:
     if not all(key in _printed() for row in keys for key in row):
         return None
     values = [np.dot(list(contrast.values()), [_printed()[key] for key in row]) for row in keys]
-    return (_sign(group) if measure == "score" else 100.0) * float(np.mean(values))
+    return (gain_sign(group) if measure == "score" else 100.0) * float(np.mean(values))
 
 
 @lru_cache(maxsize=1)

@@ -157,7 +157,7 @@ def loss_ratio_table(store: Measurements) -> Table:
     return Table("loss_ratio", caption, text, frame, ("task",), notes)
 
 
-RATIOS = {"dllm": "D-LLM", "qtale": "QTALE"}
+RATIOS = {method: paper.METHODS[method] for method in ROUTED_METHODS}
 GAPS = {
     "difference": "QTALE − D-LLM",
     "dllm_off_target": "D-LLM − target",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +250,7 @@ class Lab:
 
     def stored(self, wanted: Iterable[Job], kinds: Iterable[str]) -> list[dict[str, Any]]:
         """Whole JSON of what the jobs have in the store, of these kinds."""
-        specs = [pair for job in wanted for pair in self._all_of(job)]
-        found = (self.find(kind, **spec) for kind, spec in specs if kind in kinds)
+        found = (self.find(kind, **spec) for kind, spec in self._all_of(wanted) if kind in kinds)
         return [result for result in found if result]
 
     def take_in(self, result: dict[str, Any]) -> bool:
@@ -265,8 +264,8 @@ class Lab:
 
     def forget(self, wanted: Iterable[Job]) -> None:
         """Remove all that the jobs have put into the store; what other jobs have stays."""
-        specs = [pair for job in wanted for pair in self._all_of(job)]
-        addresses = [self.address(kind, spec) for kind, spec in specs]  # each by what it was made from
+        # each by what it was made from, so all before any is removed
+        addresses = [self.address(kind, spec) for kind, spec in self._all_of(wanted)]
         for address in filter(None, addresses):
             self.store.remove(*address)
         self._found.clear()
@@ -283,12 +282,15 @@ class Lab:
         rules = jobs.rules(self.profile, job.run.method)
         return [("evaluation", run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules]
 
-    def _all_of(self, job: Job) -> list[tuple[str, Spec]]:
-        """(kind, spec) of a job's results and of those on the way to them."""
-        spec = run_spec(job.run, bits=job.bits)
-        way = ["quantization"] if job.bits and job.bits < 16 else []
-        way += ["threshold"] if job.bits and job.run.routed else []
-        return [*self._results_of(job), *((kind, spec) for kind in way)]
+    def _all_of(self, wanted: Iterable[Job]) -> Iterator[tuple[str, Spec]]:
+        """(kind, spec) of the jobs' results and of those on the way to them."""
+        for job in wanted:
+            spec = run_spec(job.run, bits=job.bits)
+            yield from self._results_of(job)
+            if job.bits and job.bits < 16:
+                yield "quantization", spec
+            if job.bits and job.run.routed:
+                yield "threshold", spec
 
     def compute(self, wanted: Iterable[Job]) -> list[Outcome]:
         """Do the jobs whose results are missing, in a pool of processes; failures are among the outcomes.

@@ -17,7 +17,7 @@ import pandas as pd
 from qtale_lib import paper
 from qtale_lib.claims import tally
 from qtale_lib.contrasts import stated
-from qtale_lib.effects import contrast_runs, paper_rule
+from qtale_lib.effects import contrast_runs, gain_sign, paper_rule
 from qtale_lib.measurements import Measurements, group_of
 from qtale_lib.provenance import device_name, git_commit, versions
 from qtale_lib.statistics import POWER, RULE, estimate
@@ -85,8 +85,7 @@ def accuracy_cells(store: Measurements) -> pd.DataFrame:
     frame = store.evaluations
     if frame.empty:
         return pd.DataFrame(columns=["bits", "method", "task", "value", "sampling", "spread", "seeds"])
-    usual = [rule == paper_rule(m, b) for rule, m, b in frame[["theta_rule", "method", "bits"]].values]
-    frame = in_percent(frame[usual])
+    frame = in_percent(frame[_by_paper_rule(frame)])
     csqa = frame[frame.task.map(group_of) == "csqa"]
     keys = ["bits", "method", "seed"]
     average = (
@@ -95,6 +94,12 @@ def accuracy_cells(store: Measurements) -> pd.DataFrame:
     frame = pd.concat([frame, average.assign(task="avg")])
     frame["task"] = frame.task.replace({"alpaca": "alpaca_ppl"})
     return over_seeds(frame, ["bits", "method", "task"])
+
+
+def _by_paper_rule(frame: pd.DataFrame) -> np.ndarray:
+    """Which evaluations, bool [rows], have θ set as in Tables 1 and 2."""
+    cells = frame[["theta_rule", "method", "bits"]].values
+    return np.array([rule == paper_rule(method, bits) for rule, method, bits in cells], dtype=bool)
 
 
 def in_percent(frame: pd.DataFrame) -> pd.DataFrame:
@@ -219,8 +224,7 @@ def metrics_table(store: Measurements) -> Table:
 def metrics(store: Measurements) -> pd.DataFrame:
     """Tidy: bits, group (csqa, mmlu), method, METRICS (means over tasks and seeds), each with `_spread`."""
     frame = store.evaluations.reindex(columns=["bits", "task", "method", "seed", "theta_rule", *METRICS])
-    usual = [rule == paper_rule(m, b) for rule, m, b in frame[["theta_rule", "method", "bits"]].values]
-    frame = frame[np.array(usual, dtype=bool)].assign(group=lambda f: f.task.map(group_of))
+    frame = frame[_by_paper_rule(frame)].assign(group=lambda f: f.task.map(group_of))
     frame = frame[frame.group != "alpaca"]
     values = frame[list(METRICS)].astype(float) * [1.0 if name == "nll" else 100.0 for name in METRICS]
     frame = frame.assign(**values)
@@ -287,7 +291,7 @@ def _change(store: Measurements, bits: int, method: str, task: str) -> tuple[flo
     if not runs:
         return nan, nan, nan
     gain, seeds = estimate(runs), pd.Series([run.effect for run in runs]).groupby([run.seed for run in runs])
-    sign = -1.0 if task == "alpaca_ppl" else 1.0  # a gain is a fall of PPL
+    sign = gain_sign(CHANGED[task])
     return sign * gain.effect, gain.sampling_error, seeds.mean().std()
 
 

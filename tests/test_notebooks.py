@@ -95,7 +95,7 @@ def test_it_ends_with_its_claims_and_the_setting_comes_first(path):
     sources = [cell.source for cell in code_cells(path)]
     shown = [source for source in sources if not is_set_up(source)]
     assert "results.setting(store)" in shown[0]
-    ends = {"00": "results.verdict_table(verdicts", "11": "benchmark_report.target_table("}
+    ends = {"00": "claim_tables.verdict_table(verdicts", "11": "benchmark_report.target_table("}
     verdicts = ends.get(path.stem[:2], "claims.verdicts(store")
     assert any(verdicts in source for source in sources[-2:])
     assert any("beside_reference" in source for source in sources)

@@ -34,6 +34,7 @@ from transformers import DynamicCache
 from qtale_lib.benchmark_budget import Budget, rounds
 from qtale_lib.benchmark_models import (
     FORMATS,
+    HEAD_BITS,
     ROUTERS,
     SHAPES,
     BenchShape,
@@ -139,7 +140,8 @@ class Variant:
     """What one line of the result is measured on.
 
     kind: "plain" has no routers; "open", "random" and "layerwise" skip by forced routes (draw_routes);
-        "ideal" has layers removed; "routers" are the routers alone.
+        "ideal" has layers removed; "fewer rows" is the plain model on as large a share of a batch's rows:
+        as many tokens a layer as in "random"; "routers" are the routers alone.
     kept: how many of the routed layers a token executes; None where that says nothing.
     """
 
@@ -154,7 +156,7 @@ def variants(formats: tuple[str, ...], kept: list[int], layers: int) -> list[Var
     for name in formats:
         found += [Variant(name, "plain", layers), Variant(name, "routers")]
         for count in kept:
-            kinds = ("open",) if count == layers else ("ideal", "random", "layerwise")
+            kinds = ("open",) if count == layers else ("ideal", "fewer rows", "random", "layerwise")
             found += [Variant(name, kind, count) for kind in kinds]
     return found
 
@@ -173,7 +175,7 @@ class Subject:
     def __post_init__(self):
         ideal = self.family.ideal.get(self.variant.kept)
         self.forced = self.variant.kind in ("open", "random", "layerwise")
-        models = {"plain": self.family.plain, "ideal": ideal}
+        models = {"plain": self.family.plain, "fewer rows": self.family.plain, "ideal": ideal}
         self.model = models.get(self.variant.kind, self.family.routed)
 
     def start(self, ids: Tensor) -> None:
@@ -211,12 +213,23 @@ class Cell:
         """Random tokens, int64 [B, T]."""
         return torch.randint(self.vocabulary, (batch, length), generator=self.source).to(self.device)
 
+    def measures(self, variant: Variant) -> bool:
+        """Fewer rows than one there are none."""
+        return variant.kind != "fewer rows" or (self.phase == "decode" and self.size > 1)
+
+    def rows(self, subject: Subject) -> int:
+        """Rows of a decoded batch."""
+        if subject.variant.kind != "fewer rows":
+            return self.size
+        return max(1, round(self.size * subject.variant.kept / subject.family.layers))
+
     def warm_up(self, subject: Subject) -> None:
         """The first pass of a variant, untimed; decoding goes on from its cache."""
         if subject.variant.kind == "routers":
             next(self.times(subject))
             return
-        ids = self.ids(1, self.size) if self.phase == "prefill" else self.ids(self.size, self.context)
+        prompt = (1, self.size) if self.phase == "prefill" else (self.rows(subject), self.context)
+        ids = self.ids(*prompt)
         subject.start(ids)
         subject.run(ids)
         if self.phase == "decode":
@@ -232,7 +245,7 @@ class Cell:
             yield seconds(lambda: subject.run(ids), self.device)
         else:
             for _ in range(STEPS):
-                ids = self.ids(self.size, 1)
+                ids = self.ids(self.rows(subject), 1)
                 subject.ready(ids)
                 yield seconds(lambda ids=ids: subject.run(ids), self.device)
 
@@ -366,8 +379,10 @@ def _families(settings: Settings) -> dict[str, Family]:
     config = SHAPES[settings.shape].config()
     kept = _kept(settings, config)
     plain = random_model(config, settings.device, settings.seed)
-    made = {"bf16": lambda: plain, "int4": lambda: packed_copy(plain)}
-    return {name: Family(made[name](), kept) for name in settings.formats}
+    made = {
+        name: plain if name == "bf16" else packed_copy(plain, HEAD_BITS[name]) for name in settings.formats
+    }
+    return {name: Family(model, kept) for name, model in made.items()}
 
 
 def _kept(settings: Settings, config: dict[str, Any]) -> list[int]:
@@ -383,6 +398,7 @@ def _measure(
     subjects = [
         Subject(families[variant.format], variant, torch.Generator().manual_seed(settings.seed + number))
         for number, variant in enumerate(chosen)
+        if cell.measures(variant)
     ]
     times: list[list[float]] = [[] for _ in subjects]
     for subject in subjects:

@@ -51,20 +51,22 @@ from qtale_lib.benchmark_models import (
 )
 from qtale_lib.benchmark_report import SCHEMA, blocks, lacking, targets
 from qtale_lib.errors import UserError
+from qtale_lib.lab import Lab
 from qtale_lib.provenance import ROOT, Stopwatch, processor
 from qtale_lib.quantization.packed_files import save_packed
 
 STEPS = 4  # tokens that a variant decodes in each repetition, each timed
 COPIED = 2**28  # bytes that the copy moves to measure memory bandwidth: more than any cache holds
 RATIOS = (0.25, 0.5, 0.75, 1.0)
-PARTS = ("passes", "training", "search")
+PARTS = ("passes", "training", "search", "evaluation")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What to measure; None stands for the shape's own.
 
-    parts: passes of inference; a training step beside plain LoRA's; the AWQ search beside autoawq's.
+    parts: passes of inference; a training step beside plain LoRA's; the AWQ search beside autoawq's; scoring
+        by a trained run of a profile.
     prefill: tokens of a prompt; decode: rows of a batch; ratios: R, the share of the routed layers that run.
     repeats: rounds over all variants; seconds: a budget for all parts, within which rounds and searches are
         left out.
@@ -274,10 +276,12 @@ def bench(
     settings: Settings,
     say: Callable[[str], None] = print,
     keep: Callable[[dict[str, Any]], object] = lambda result: None,
+    lab: Lab | None = None,
 ) -> dict[str, Any]:
     """Measure; returns the result, ready for JSON (benchmark_report names its parts).
 
     keep(result): called with the result so far after each block of passes and each other part.
+    lab: whose run scores questions, in the part "evaluation"; that of tiny if not given.
 
     Raises:
         UserError: for settings that cannot be measured.
@@ -297,8 +301,9 @@ def bench(
             "memory": None,
             "training": None,
             "search": None,
+            "evaluation": None,
         }
-        for found in _pieces(settings, config, say):
+        for found in _pieces(settings, config, say, lab or Lab("tiny")):
             result |= {**found, "provenance": watch.provenance()}
             result |= {"targets": targets(result), "finished": not lacking(result)}
             keep(result)
@@ -306,13 +311,13 @@ def bench(
 
 
 def _pieces(
-    settings: Settings, config: dict[str, Any], say: Callable[[str], None]
+    settings: Settings, config: dict[str, Any], say: Callable[[str], None], lab: Lab
 ) -> Iterator[dict[str, Any]]:
     """Parts of the result, each as soon as it is measured; "times" comes again with every block of passes."""
     from qtale_lib import benchmark_work  # peft and Trainer take a while to load
 
     cells, tokens = blocks(asdict(settings)), SHAPES[settings.shape].trained
-    others = [part for part in ("training", "search") if part in settings.parts]
+    others = [part for part in PARTS[1:] if part in settings.parts]
     budget = Budget(settings.seconds, len(cells) + len(others))
     clock = partial(seconds, device=settings.device)
     if cells:
@@ -326,6 +331,10 @@ def _pieces(
     if "search" in others:
         say("the AWQ search")
         yield {"search": benchmark_work.search_times(config, clock, budget.next_end())}
+    if "evaluation" in others:
+        say(f"scoring by a trained run of {lab.profile.name}")
+        times = benchmark_work.evaluation_times(lab, settings.repeats, clock, budget.next_end())
+        yield {"evaluation": times}
 
 
 def _passes(

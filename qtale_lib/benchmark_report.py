@@ -2,9 +2,9 @@
 
 A result holds "settings", "shape", "machine", "times" (one row per phase, size, format and variant: median
 "seconds" with quartiles "low" and "high", bytes of the cache), "weights" (bytes that a decoded token reads),
-"memory" (of loading the packed model), "training" and "search" (seconds of the two that are compared; None
-where they were not asked for), "targets" and "provenance". One that was stopped, or still runs, is not
-"finished", and lacks what was to come.
+"memory" (of loading the packed model), "training", "search" and "evaluation" (seconds of the two that are
+compared; None where they were not asked for), "targets" and "provenance". One that was stopped, or still
+runs, is not "finished", and lacks what was to come.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
         _target("training step: routed by plain LoRA", 1.15, "most",
                 _by(result["training"], "routed", "plain")),
         _target("AWQ search: ours by autoawq's", 1.0, "most", _by(result["search"], "native", "autoawq")),
+        _target("scoring with learned routes: dense by skipping", 1.5, "least",
+                _by(result["evaluation"], "dense", "skip")),
     ]  # fmt: skip
     return rows
 
@@ -216,7 +218,7 @@ def lacking(result: dict[str, Any]) -> list[str]:
     """What its settings ask for and the result does not hold, or not yet."""
     asked, measured = result["settings"], {(row["phase"], row["size"]) for row in result["times"]}
     passes = [_name(*block) for block in blocks(asked) if block not in measured]
-    names = {"training": "the training step", "search": "the AWQ search"}
+    names = {"training": "the training step", "search": "the AWQ search", "evaluation": "scoring"}
     return passes + [name for part, name in names.items() if part in asked["parts"] and result[part] is None]
 
 
@@ -263,6 +265,7 @@ def target_table(result: dict[str, Any]) -> Table:
         "to compute and reads its weights: no such pass can be faster than all layers on half the rows.",
         "A training step is on one row.",
         *_search_notes(result["search"]),
+        *_scoring_notes(result["evaluation"]),
     ]
     if memory := result["memory"]:
         notes.append(f"The file of the packed routed model has {memory['file'] / MIB:.1f} MiB.")
@@ -285,6 +288,17 @@ def _search_notes(search: dict[str, Any] | None) -> list[str]:
     left_out = search["left_out"].items()
     names = {"native": "Our AWQ search", "autoawq": "autoawq's search"}
     return notes + [f"{names[name]} was left out: {reason.rstrip('.')}." for name, reason in left_out]
+
+
+def _scoring_notes(scoring: dict[str, Any] | None) -> list[str]:
+    if scoring is None:
+        return []
+    if scoring["left_out"]:
+        return [f"Scoring was left out: {scoring['left_out']}."]
+    return [
+        f"Scored: {scoring['questions']} questions by {scoring['run']}, as small as its profile's base is, "
+        f"at R = {scoring['execution_ratio']:.2f}."
+    ]
 
 
 def _bound(row: dict[str, Any]) -> str:

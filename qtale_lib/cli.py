@@ -398,10 +398,10 @@ def bench(
     shape: Annotated[
         str, typer.Option(help="tinyllama-1.1b, llama-3.1-8b (GPU) or tiny.")
     ] = "tinyllama-1.1b",
-    parts: Annotated[str, typer.Option(help="What to time.")] = "passes,training,search",
+    parts: Annotated[str, typer.Option(help="What to time.")] = "passes,training,search,evaluation",
     prefill: Annotated[str | None, typer.Option(help="Prompt lengths, such as 32,512; or none.")] = None,
     decode: Annotated[str | None, typer.Option(help="Batches, such as 1,16; or none.")] = None,
-    formats: Annotated[str, typer.Option(help="Of the weights.")] = "bf16,int4",
+    formats: Annotated[str, typer.Option(help="Of the weights.")] = "bf16,int4,int4-head",
     ratios: Annotated[str, typer.Option(help="Shares of the routed layers that run.")] = "0.25,0.5,0.75,1",
     repeats: Annotated[int | None, typer.Option(help="Rounds over all variants.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens before the first decoded one.")] = None,
@@ -413,8 +413,8 @@ def bench(
     profile: ProfileName = "tiny",
     out: Annotated[Path | None, typer.Option(help="The JSON, if not in the profile's results.")] = None,
 ) -> None:
-    """Time skipping and packed weights beside the plain model and one with layers removed; a training step
-    and the AWQ search beside what they are held against.
+    """Time skipping and packed weights beside the plain model and one with layers removed; a training step,
+    the AWQ search and scoring beside what they are held against.
     """
     from qtale_lib.benchmark import Settings
     from qtale_lib.benchmark import bench as measure  # loads torch
@@ -425,11 +425,12 @@ def bench(
         formats=_listed("formats", formats, str), ratios=_listed("ratios", ratios, float),
         repeats=repeats, context=context, threads=threads, seconds=seconds, device=device,
     ).complete()  # fmt: skip
-    path = out or benchmark_report.folder(Lab(profile)) / f"{shape}.json"
+    lab = Lab(profile)
+    path = out or benchmark_report.folder(lab) / f"{shape}.json"
     _check_writable(path)
     unfinished = benchmark_report.unfinished(path)
     typer.echo(f"what is measured is kept, until all is, in {_short(unfinished.resolve())}")
-    result = measure(settings, typer.echo, partial(write_json, unfinished))
+    result = measure(settings, typer.echo, partial(write_json, unfinished), lab)
     write_json(path, result)
     unfinished.unlink(missing_ok=True)
     for table in benchmark_report.printed(result):

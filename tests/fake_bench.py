@@ -18,7 +18,8 @@ def made_up(prefill=(512,), decode=(1, 16), shape: str = "tinyllama-1.1b", **cha
     result = {
         "schema": SCHEMA,
         "settings": {
-            "parts": ["passes", "training", "search"], "prefill": list(prefill), "decode": list(decode),
+            "parts": ["passes", "training", "search", "evaluation"],
+            "prefill": list(prefill), "decode": list(decode),
             "repeats": 3, "context": 32,
         },
         "shape": {"name": shape, "routed_layers": ROUTED, "config": {"num_hidden_layers": 10}},
@@ -38,6 +39,10 @@ def made_up(prefill=(512,), decode=(1, 16), shape: str = "tinyllama-1.1b", **cha
             "native": {"seconds": 0.5}, "autoawq": {"seconds": 1.0},
             "layers": 1, "tokens": 64, "left_out": {},
         },
+        "evaluation": {
+            "dense": {"seconds": 3.2}, "skip": {"seconds": 2.0}, "run": "arc_easy.dllm.s0", "questions": 200,
+            "execution_ratio": 0.5, "left_out": None,
+        },
         "provenance": {"finished_at": "2026-01-01T00:00:00+00:00", "git_commit": "0" * 40},
         "finished": True,
         **changes,
@@ -47,8 +52,8 @@ def made_up(prefill=(512,), decode=(1, 16), shape: str = "tinyllama-1.1b", **cha
 
 def stopped(decode=(1,), shape: str = "tinyllama-1.1b", **changes: Any) -> dict[str, Any]:
     """A result of whose blocks only those of `decode` were measured before it was stopped."""
-    asked = made_up()["settings"]
-    return made_up((), decode, shape, settings=asked, training=None, search=None, finished=False, **changes)
+    asked, missing = made_up()["settings"], dict.fromkeys(("training", "search", "evaluation"))
+    return made_up((), decode, shape, settings=asked, **missing, finished=False, **changes)
 
 
 def rows(phase: str, size: int, form: str) -> list[dict[str, Any]]:

@@ -180,6 +180,16 @@ def test_weights_read_are_those_of_the_layers_executed(plain):
     assert weight_bytes(packed_copy(plain), 4) < 0.3 * 6 * layer + head
 
 
+# Scoring; a trained run of it is timed in test_end_to_end.py.
+
+
+def test_scoring_is_left_out_without_a_trained_run(tmp_path):
+    times = benchmark_work.evaluation_times(Lab("smoke", tmp_path), 1, CLOCK, math.inf)
+    assert times["dense"] is None and "no trained run" in times["left_out"]
+    table = benchmark_report.target_table(made_up(evaluation=times))
+    assert any("Scoring was left out" in note for note in table.notes)
+
+
 # A whole run.
 
 
@@ -245,7 +255,7 @@ def test_the_result_is_whole_and_readable(result, tmp_path):
         assert 0 < row["low"] <= row["seconds"] <= row["high"]
         assert row["count"] == (2 if row["phase"] == "prefill" else 2 * benchmark.STEPS)
     assert read["machine"]["threads"] == 1 and read["machine"]["memory_bytes"] > 2**28
-    assert read["memory"]["file"] > 10**4 and len(read["targets"]) == 17
+    assert read["memory"]["file"] > 10**4 and len(read["targets"]) == 18
     assert read["search"] is None and read["training"]["tokens"] == 128
     for name in ("plain", "routed"):
         taken = read["training"][name]
@@ -282,7 +292,7 @@ def test_a_training_step_leaves_the_shared_model_alone(plain):
 def test_both_awq_searches_are_timed_over_one_layer_and_few_tokens():
     times = benchmark_work.search_times(SIZES, CLOCK, math.inf)
     assert times["native"]["seconds"] > 0 and times["autoawq"]["seconds"] > 0
-    assert (times["layers"], times["tokens"], times["left_out"]) == (1, 64, {})
+    assert (times["layers"], times["tokens"], times["left_out"]) == (1, benchmark_work.SEARCHED_TOKENS, {})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="autoawq is installed on Linux only")
@@ -375,6 +385,7 @@ def test_targets_follow_from_the_numbers():
     assert measured(result, f"{own} those removed") == (1.08, True)
     assert measured(result, f"{own} all layers on half the rows") == (1.08 / 0.9, None)
     assert measured(result, "memory that loading") == (1.1, True)
+    assert measured(result, "scoring with learned routes") == (1.6, True)
     assert measured(result, "KV bytes") == (0.0, True)
     share = {"routers": 0.2 * 0.1, "random": 0.6 * 1.08}
     assert measured(result, "decode, batch 1: the routers' share") == (
@@ -386,32 +397,33 @@ def test_targets_follow_from_the_numbers():
 @pytest.mark.parametrize(
     ("changes", "left"),
     [
-        ({"prefill": (), "decode": (1,)}, 10),
-        ({"prefill": (512,), "decode": ()}, 6),
-        ({"prefill": (), "decode": (), "memory": None}, 2),
-        ({"training": None, "search": None}, 15),
-        ({"memory": {"file": 10, "added": None, "group": 128}}, 16),
+        ({"prefill": (), "decode": (1,)}, 11),
+        ({"prefill": (512,), "decode": ()}, 7),
+        ({"prefill": (), "decode": (), "memory": None}, 3),
+        ({"training": None, "search": None, "evaluation": None}, 15),
+        ({"memory": {"file": 10, "added": None, "group": 128}}, 17),
     ],
 )
 def test_what_was_not_measured_is_neither_met_nor_missed(changes, left):
     rows = made_up(**changes)["targets"]
-    assert len(rows) == 17 and sum(row["measured"] is not None for row in rows) == left
+    assert len(rows) == 18 and sum(row["measured"] is not None for row in rows) == left
     assert all(row["met"] is None for row in rows if row["measured"] is None)
     verdicts = benchmark_report.target_table(made_up(**changes)).text.verdict
-    assert (verdicts == "not measured here").sum() == 17 - left
+    assert (verdicts == "not measured here").sum() == 18 - left
 
 
 def test_a_search_that_was_left_out_is_named_with_its_reason():
     search = {"native": {"seconds": 0.5}, "autoawq": None, "layers": 1, "tokens": 64}
     table = benchmark_report.target_table(made_up(search={**search, "left_out": {"autoawq": "no time"}}))
-    assert table.text.verdict.iloc[-1] == "not measured here"
+    verdict = table.text.set_index("target").verdict["AWQ search: ours by autoawq's"]
+    assert verdict == "not measured here"
     assert "autoawq's search was left out: no time." in table.notes
     sizes = [note for note in table.notes if "1 of the shape's layers in float32, on 64" in note]
     assert len(sizes) == 1
 
 
 def test_an_unfinished_result_says_what_it_lacks_and_a_finished_one_nothing():
-    lacks = "decode, batch 16; prefill 512; the training step; the AWQ search"
+    lacks = "decode, batch 16; prefill 512; the training step; the AWQ search; scoring"
     for result, said in ((stopped(), True), (made_up(), False)):
         setting = benchmark_report.setting_table(result).text
         assert (setting.setting.iloc[0] == "unfinished" and lacks in setting.value.iloc[0]) is said
@@ -439,7 +451,10 @@ def test_the_roofline_is_bytes_by_the_pace_of_a_copy():
     ("given", "sentence"),
     [
         (["--shape", "huge"], 'There is no shape "huge"'),
-        (["--parts", "passes,rest"], '--parts (= "passes,rest") must be among passes, training, search'),
+        (
+            ["--parts", "passes,rest"],
+            '--parts (= "passes,rest") must be among passes, training, search, evaluation',
+        ),
         (["--formats", "int3"], '--formats (= "int3") must be among bf16, int4'),
         (["--ratios", "0,1"], "--ratios must lie above 0"),
         (["--ratios", "half"], '--ratios (= "half") must be numbers'),
@@ -487,11 +502,11 @@ def test_options_choose_a_part(monkeypatch, tmp_path):
 
 
 def test_what_was_measured_before_a_kill_is_kept_and_an_earlier_result_too(monkeypatch, tmp_path):
-    def killed(settings, say, keep):
+    def killed(settings, say, keep, lab):
         keep(stopped())
         raise KeyboardInterrupt
 
-    def whole(settings, say, keep):
+    def whole(settings, say, keep, lab):
         keep(stopped())
         keep(made_up())
         return made_up()

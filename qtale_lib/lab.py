@@ -22,7 +22,7 @@ from qtale_lib.config import Profile, load_profile
 from qtale_lib.data import Example, Loaded, data_hash, read_task, subset
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, expected_seconds
-from qtale_lib.pool import Outcome, Task, run_tasks, worker_slots
+from qtale_lib.pool import Outcome, PutOff, Task, run_tasks, worker_slots
 from qtale_lib.preflight import check
 from qtale_lib.progress import watcher
 from qtale_lib.provenance import ROOT, Stopwatch
@@ -39,6 +39,7 @@ SPLITS_READ = {
     "threshold": ("calibration",),
 }
 READ_ONLY = "QTALE_READ_ONLY"
+PATIENCE = 1.0  # seconds to wait for another process, before other jobs are looked at
 BYTES = {"float32": 4, "bfloat16": 2}
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
@@ -338,9 +339,14 @@ class Lab:
 
 
 def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], None]) -> None:
-    from qtale_lib import stages  # torch is loaded in the workers only
+    """Do a job; PutOff if another process is at it."""
+    lab = Lab(profile, root)
+    with lab.store.job_lock(job.name, PATIENCE) as held:
+        if not held:
+            raise PutOff
+        from qtale_lib import stages  # torch is loaded in the workers only
 
-    stages.perform(Lab(profile, root), job, report)
+        stages.perform(lab, job, report)
 
 
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:

@@ -352,6 +352,8 @@ def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], N
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
     """Without what has no effect on the numbers of a method, so that a new λ2 retrains only "qtale"."""
     dropped = {*WITHOUT_EFFECT, *UNUSED[method]}
+    if method == "full" or settings["training"]["gate_noise"] == "stream":  # keys as before "keyed"
+        dropped.add("gate_noise")
     settings["training"] = {
         name: value for name, value in settings["training"].items() if name not in dropped
     }

@@ -104,7 +104,7 @@ class Lab:
             profile.evaluated: [profile.limit.test],
         }
         given = [limit for limit in limits.get(split, ()) if limit is not None]
-        loaded = read_task(task, split, profile.data_dir)
+        loaded = read_task(task, split, profile.data_dir, profile.data)
         return Loaded(subset(loaded.examples, min(given, default=None)), loaded.source)
 
     def settings(self, kind: str, spec: Spec) -> dict[str, Any]:

@@ -6,7 +6,7 @@ QTALE Sec. 3.1 and 3.4, after D-LLM. The base model keeps its parameter names an
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from numbers import Real
@@ -16,6 +16,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaForCausalLM,
@@ -108,6 +109,17 @@ def set_threshold(model: nn.Module, theta: float) -> None:
 def set_noise(model: nn.Module, generator: torch.Generator | None) -> None:
     """Draw the Gumbel noise of training from `generator`; None goes back to torch's global one."""
     routing_state(model).generator = generator
+
+
+@contextmanager
+def keyed_noise(model: nn.Module, keys: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Meanwhile, each sequence of a batch gets the noise of its key (see `routing.keyed_gumbel`)."""
+    state = routing_state(model)
+    state.keys = keys
+    try:
+        yield
+    finally:
+        state.keys = None
 
 
 def set_execution(model: nn.Module, mode: str) -> None:
@@ -272,11 +284,15 @@ def load_routed(directory: str | Path) -> nn.Module:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 of the base's parameters (names, types, shapes, bytes); LoRA, routers, peft's names left out."""
+    """sha256 of the base's parameters (names, types, shapes, bytes); LoRA, routers, peft's names left out.
+
+    Of a sharded model, every process has to ask: the parts of a parameter are put together.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted((_base_name(name), p) for name, p in model.named_parameters()):
         if "lora_" not in name and ".router." not in name:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -25,12 +25,15 @@ DIGEST = "digest.json"
 OPTIMIZER, GENERATORS, SUMS = "optimizer", "generators", "sums"
 
 
-def begin(folder: Path, step: int) -> Path:
-    """An empty folder for the checkpoint of a step; what a killed run left of it is removed."""
-    directory = folder / f"{PREFIX}{step}"
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"{PREFIX}{step}"
+
+
+def begin(directory: Path) -> None:
+    """Make a checkpoint's folder, empty; what a killed run left of it is removed."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    return directory
 
 
 def finish(directory: Path) -> None:
@@ -71,25 +74,33 @@ def load_optimizer(directory: Path, optimizer: Any, scheduler: Any) -> None:
     scheduler.load_state_dict(values["schedule"])
 
 
-def save_generators(directory: Path) -> None:
-    """The states of the random generators: torch's on the CPU and on the GPU in use, Python's, numpy's."""
+def save_generators(directory: Path, process: int = 0) -> None:
+    """The states of a process's random generators: torch's on the CPU and on its GPU, Python's, numpy's."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     name, keys, *rest = np.random.get_state()
     values = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
-    _write(directory, GENERATORS, tensors, values)
+    _write(directory, _generators(process), tensors, values)
 
 
-def load_generators(directory: Path) -> None:
-    """Put back what save_generators wrote; a GPU's is left out where there is none."""
-    tensors, values = _read(directory, GENERATORS)
+def load_generators(directory: Path, process: int = 0) -> None:
+    """Put back what save_generators wrote; a GPU's is left out where there is none. A process that the run did
+    not have before keeps its own.
+    """
+    if process and not (directory / f"{_generators(process)}.json").is_file():
+        return
+    tensors, values = _read(directory, _generators(process))
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
     version, internal, gauss = values["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(values["numpy"]))
+
+
+def _generators(process: int) -> str:
+    return f"{GENERATORS}-{process}" if process else GENERATORS
 
 
 def save_sums(directory: Path, sums: Mapping[str, Tensor], since: int) -> None:

@@ -305,7 +305,7 @@ class Lab:
         missing = [job for job in wanted if not self.is_done(job)]
         if not missing:
             return []
-        slots = worker_slots(len(missing), self._model_bytes())
+        slots = worker_slots(len(missing), self._model_bytes(), self.profile.compute.processes)
         tasks = [self._task(job) for job in missing]
         with watcher(tasks, len(slots)) as watching:
             return run_tasks(tasks, slots, watching)
@@ -352,6 +352,8 @@ def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], N
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
     """Without what has no effect on the numbers of a method, so that a new λ2 retrains only "qtale"."""
     dropped = {*WITHOUT_EFFECT, *UNUSED[method]}
+    if method == "full" or settings["training"]["noise"] == "stream":
+        dropped.add("noise")  # "stream" is what every result was made with before there was a choice
     settings["training"] = {
         name: value for name, value in settings["training"].items() if name not in dropped
     }

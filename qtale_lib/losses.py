@@ -37,12 +37,16 @@ def rate_loss(
     Returns:
         scalar; 0 if no token counts.
     """
-    per_token = gates.mean(0)  # [B, T]
     if kind == "mean":
-        return (masked_mean(per_token, counted) - target * counted.any()).abs()
+        return rate_excess(gates, counted, target).abs()
     if kind == "per_token":
-        return masked_mean((per_token - target).abs(), counted)
+        return masked_mean((gates.mean(0) - target).abs(), counted)
     raise ValueError(f'rate loss {kind!r} is neither "per_token" nor "mean"')
+
+
+def rate_excess(gates: Tensor, counted: Tensor, target: float) -> Tensor:
+    """R - target of Eq. 4, with its sign: over parts of a batch, weighted by their tokens, it adds up."""
+    return masked_mean(gates.mean(0), counted) - target * counted.any()
 
 
 def entropy_loss(soft: Tensor, counted: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from qtale_lib.errors import UserError
 from qtale_lib.gated_attention import gated
 from qtale_lib.kv_cache import store_executed, track_evictions
-from qtale_lib.routing import EXECUTE, Router, decide, gumbel, gumbel_softmax
+from qtale_lib.routing import EXECUTE, Router, decide, gumbel, gumbel_softmax, keyed_gumbel
 from qtale_lib.skipping import Step, run_executed
 
 if TYPE_CHECKING:
@@ -71,7 +72,16 @@ class RoutingState:
         self.theta = 0.5
         self.execution = "auto"
         self.generator: torch.Generator | None = None
+        self.keys: Sequence[Sequence[int]] | None = None
         self.recorder: Routes | None = None
+
+    def noise_like(self, logits: Tensor) -> Tensor:
+        """Gumbel noise for all routed layers, from one draw: [B, T, 2] -> [routed layers, B, T, 2]."""
+        if self.keys is not None:
+            drawn = keyed_gumbel(self.keys, logits.shape[1], len(self.routed_layers))
+            return drawn.to(logits.device, logits.dtype)
+        shape = (len(self.routed_layers), *logits.shape)
+        return gumbel(shape, self.generator, logits.device, logits.dtype)
 
 
 class ForwardPass:
@@ -96,9 +106,8 @@ class ForwardPass:
 
     def sample(self, layer: int, logits: Tensor) -> Tensor:
         """Training: the straight-through execute gate of Eq. 5, 6, exactly 0 or 1. [B, T, 2] -> [B, T]."""
-        if self.noise is None:  # one draw for all layers
-            shape = (len(self.state.routed_layers), *logits.shape)
-            self.noise = gumbel(shape, self.state.generator, logits.device, logits.dtype)
+        if self.noise is None:
+            self.noise = self.state.noise_like(logits)
         noise = self.noise[layer - self.state.config.always_run_layers]
         hard, soft = gumbel_softmax(logits, noise, self.state.config.tau)
         gate = hard[..., EXECUTE].masked_fill(self.reserved, 1.0)

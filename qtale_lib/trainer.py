@@ -8,23 +8,27 @@ routers and none of their decisions (see `only_noise`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qtale_lib import checkpoints
-from qtale_lib.adaptive import record_routes, reserved_tokens
+from qtale_lib.adaptive import Routes, keyed_noise, record_routes, reserved_tokens
 from qtale_lib.data.encoding import IGNORED
 from qtale_lib.errors import UserError
-from qtale_lib.losses import counted_tokens, entropy_loss, lambda1_at, rate_loss, total_loss
+from qtale_lib.losses import counted_tokens, entropy_loss, lambda1_at, rate_excess, rate_loss, total_loss
 
 TRAINABLE_FILE = "trainable.safetensors"
 
@@ -50,10 +54,13 @@ class Objective(NamedTuple):
 
 
 class TokenCounts(NamedTuple):
-    """Tokens of one optimizer step, all micro-batches: what CE and what the routing losses average over."""
+    """Tokens of one optimizer step, all processes' micro-batches: what CE and what the routing losses average
+    over. excess: R − R_target of the step, where the rate loss is Eq. 4's and one micro-batch does not tell.
+    """
 
     response: Tensor
     rated: Tensor
+    excess: Tensor | None = None
 
 
 def add_lora(model: PreTrainedModel, settings: Any) -> PeftModel:
@@ -122,7 +129,8 @@ def parameter_groups(
 
 
 def causal_of(model: nn.Module) -> PreTrainedModel:
-    """The causal language model itself, taken out of peft's wrapper."""
+    """The causal language model itself, taken out of the wrappers of peft and of several processes."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -133,21 +141,49 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
 
 def response_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
     """Summed cross-entropy over the response tokens; lm_head runs on their positions only. Inputs [B, T]."""
-    hidden = decoder_of(model)(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-    ).last_hidden_state  # [B, T, d]
     targets = labels[:, 1:]
     answered = targets != IGNORED
-    hidden = hidden[:, :-1][answered]  # [response tokens, d]
-    logits = causal_of(model).get_output_embeddings()(hidden)
-    return cross_entropy(logits.float(), targets[answered], reduction="sum")
+    head = causal_of(model).get_output_embeddings()
+    with _reading(head, answered):  # through every wrapper of the model, which its gradients need
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    return cross_entropy(logits.float(), targets[answered], reduction="sum")  # [response tokens, vocabulary]
+
+
+@contextmanager
+def _reading(head: nn.Module, chosen: Tensor) -> Iterator[None]:
+    """Let lm_head read the hidden states [B, T, d] at the chosen places only, bool [B, T - 1]."""
+    handle = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][chosen],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class FilledOrder(Sampler[int]):
+    """Each epoch's order of so many rows, then the index after the last one until whole batches are full."""
+
+    def __init__(self, rows: int, whole: int, seed: int) -> None:
+        self.order = SeedableRandomSampler(range(rows), data_seed=seed)
+        self.fillers = -rows % whole
+
+    def __len__(self) -> int:
+        return len(self.order) + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order
+        yield from [len(self.order)] * self.fillers
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer before each epoch."""
+        self.order.set_epoch(epoch)
 
 
 class RoutedTrainer(Trainer):
     """Trainer with CE + λ1(e)·L_rate − λ2·L_entropy (Eq. 8), every mean taken over the effective batch.
 
-    CE is weighted by response token and the routing terms by rated token over all accumulated micro-batches,
-    so accumulation 4×1 gives 1×4 (not for L_rate of kind "mean": its absolute value is per micro-batch).
+    CE is weighted by response token and the routing terms by rated token over all accumulated micro-batches
+    and processes, so accumulation 4×1 or four processes give 1×4. L_rate of kind "mean" is |R − R_target| of
+    all of them: with accumulation, a pass ahead of the step's own, by the same draws, tells R's side.
     """
 
     # compute_loss divides by the counts of the whole optimizer step, so training_step must not divide again.
@@ -178,7 +214,37 @@ class RoutedTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         response = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
         rated = sum(self._rated(batch).sum() for batch in batches)
-        return batches, TokenCounts(response.to(device), rated.clamp_min(1).to(device))
+        counts = TokenCounts(self._over_processes(response.to(device)), self._over_processes(rated.to(device)))
+        counts = counts._replace(rated=counts.rated.clamp_min(1))
+        if len(batches) > 1 and self.objective.routed and self.objective.rate_kind == "mean":
+            counts = counts._replace(excess=self._excess_ahead(batches, counts))
+        return batches, counts
+
+    def _over_processes(self, value: Tensor) -> Tensor:
+        """Summed over the processes."""
+        return value if self.args.world_size == 1 else self.accelerator.reduce(value, "sum")
+
+    def _excess_ahead(self, batches: list, counts: TokenCounts) -> Tensor:
+        """R − R_target of a step, before its first backward pass, and no generator moved by it."""
+        device = self.args.device
+        self.model.train()
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            seen = [(self._forward(self.model, inputs)[1], self._rated(inputs)) for inputs in batches]
+            return self._over_processes(sum(self._excess(*one, counts) for one in seen))
+
+    def _excess(self, routes: Routes, rated: Tensor, counts: TokenCounts) -> Tensor:
+        """A micro-batch's part of the step's R − R_target."""
+        share = rated.sum() / counts.rated
+        return rate_excess(routes.gates, rated, self.objective.rate_target) * share
+
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Routes]:
+        """Summed CE of a micro-batch and its routes; numbered rows get the noise of their numbers."""
+        tensors = {name: tensor for name, tensor in inputs.items() if name != "example"}
+        keys = None
+        if "example" in inputs:
+            keys = [(self.args.seed, self.state.global_step, row) for row in inputs["example"].tolist()]
+        with record_routes(model) as routes, keyed_noise(model, keys):
+            return response_loss(model, **tensors), routes
 
     def _rated(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The tokens that the routing losses average over, bool [B, T]."""
@@ -198,23 +264,38 @@ class RoutedTrainer(Trainer):
         else:
             ce = response_loss(model, **inputs) / counts.response
             terms = {"ce": ce, "total": ce}
-        if not torch.isfinite(terms["total"]):
-            raise UserError(describe_divergence(model, inputs, self.state.global_step))
+        if not self._over_processes(terms["total"].detach()).isfinite():
+            inputs = {name: tensor for name, tensor in inputs.items() if name != "example"}
+            layer = self._first_of_processes(first_non_finite_layer(model, inputs))
+            raise UserError(describe_divergence(layer, self.state.global_step))
         self._add_up({name: value.detach() for name, value in terms.items() if name != "total"})
-        return terms["total"]
+        # gradients are averaged over processes, and the terms are parts of a sum
+        return terms["total"] * self.args.world_size
+
+    def _first_of_processes(self, layer: int | None) -> int | None:
+        """The least layer that any process names."""
+        last = len(decoder_of(self.model).layers)
+        named = torch.tensor([last if layer is None else layer], device=self.args.device)
+        least = int(self.accelerator.gather(named).min())
+        return None if least == last else least
 
     def _routed_terms(
         self, model: nn.Module, inputs: dict[str, Tensor], counts: TokenCounts
     ) -> dict[str, Tensor]:
         aim = self.objective
-        with record_routes(model) as routes:
-            ce = response_loss(model, **inputs) / counts.response
+        ce, routes = self._forward(model, inputs)
+        ce = ce / counts.response
         rated = self._rated(inputs)  # [B, T]
         share = rated.sum() / counts.rated
-        rate = rate_loss(routes.gates, rated, aim.rate_target, aim.rate_kind) * share
+        if aim.rate_kind == "mean":
+            part = self._excess(routes, rated, counts)
+            whole = self._over_processes(part.detach()) if counts.excess is None else counts.excess
+            rate = part * whole.sign()
+        else:
+            rate = rate_loss(routes.gates, rated, aim.rate_target) * share
         entropy = entropy_loss(routes.soft, rated) * share
         lambda1 = lambda1_at(self.state.global_step / self.state.max_steps, aim.lambda1)
-        loss_ratio = routes.gates.detach().mean(0)[rated].mean() * share
+        loss_ratio = routes.gates.detach().mean(0)[rated].mean().nan_to_num() * share  # nan: none is rated
         total = total_loss(ce, rate, entropy, lambda1, aim.lambda2)
         return {"ce": ce, "rate": rate, "entropy": entropy, "loss_ratio": loss_ratio, "total": total}
 
@@ -230,13 +311,21 @@ class RoutedTrainer(Trainer):
         if "train_runtime" in logs:
             logs = {}
         steps = max(self.state.global_step - self._summed_from, 1)
-        logs = {**logs, **{name: float(value) / steps for name, value in self._sums.items()}}
+        sums = {name: self._over_processes(value) for name, value in self._sums.items()}
+        logs = {**logs, **{name: float(value) / steps for name, value in sums.items()}}
         self._sums, self._summed_from = {}, self.state.global_step
         if self.objective.routed:
             logs["lambda1"] = lambda1_at(
                 self.state.global_step / self.state.max_steps, self.objective.lambda1
             )
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Several processes take the rows in the same order as one, and no row twice."""
+        if self.args.world_size == 1:
+            return super()._get_train_sampler(train_dataset)
+        rows = len(self.train_dataset) - 1  # the last one fills up
+        return FilledOrder(rows, self.args.world_size * self.args.train_batch_size, self.args.data_seed)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted here: Trainer's count walks every parameter in every step; see efficiency.py."""
@@ -247,16 +336,29 @@ class RoutedTrainer(Trainer):
         return None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Safetensors and JSON where Trainer pickles; none at the last step, as the model is saved next."""
+        """Safetensors and JSON where Trainer pickles; none at the last step, as the model is saved next.
+
+        The first process writes; others add their generators. Sums are kept as their mean over processes, with
+        which each of them goes on.
+        """
         if self.state.global_step >= self.state.max_steps:
             return
-        directory = checkpoints.begin(Path(self.args.output_dir), self.state.global_step)
-        self._save(str(directory))
-        checkpoints.save_optimizer(directory, self.optimizer, self.lr_scheduler)
-        checkpoints.save_generators(directory)
-        checkpoints.save_sums(directory, {**self._sums, "loss": self._tr_loss}, self._summed_from)
-        self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
-        checkpoints.finish(directory)
+        first, wait = self.args.process_index == 0, self.accelerator.wait_for_everyone
+        directory = checkpoints.place(Path(self.args.output_dir), self.state.global_step)
+        sums = {**self._sums, "loss": self._tr_loss}
+        sums = {name: self._over_processes(value) / self.args.world_size for name, value in sums.items()}
+        if first:
+            checkpoints.begin(directory)
+            self._save(str(directory))
+            checkpoints.save_optimizer(directory, self.optimizer, self.lr_scheduler)
+            checkpoints.save_sums(directory, sums, self._summed_from)
+            self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
+        wait()
+        checkpoints.save_generators(directory, self.args.process_index)
+        wait()
+        if first:
+            checkpoints.finish(directory)
+        wait()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A checkpoint holds LoRA and routers together; peft's own saving would leave the routers out."""
@@ -273,7 +375,7 @@ class RoutedTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's last call before the first step; the sums come here because it zeroes its own before."""
         if checkpoint is not None:
-            checkpoints.load_generators(Path(checkpoint))
+            checkpoints.load_generators(Path(checkpoint), self.args.process_index)
             self._sums, self._summed_from = checkpoints.load_sums(Path(checkpoint), self.args.device)
             self._tr_loss = self._sums.pop("loss")
             self._globalstep_last_logged = self._summed_from
@@ -295,9 +397,8 @@ def load_trainable(model: nn.Module, path: str) -> None:
             own[name].copy_(tensor)
 
 
-def describe_divergence(model: nn.Module, inputs: Mapping[str, Tensor], step: int) -> str:
+def describe_divergence(layer: int | None, step: int) -> str:
     """One sentence naming the step and the first decoder layer whose output is not finite."""
-    layer = _first_non_finite_layer(model, inputs)
     where = "after the last layer" if layer is None else f"in layer {layer}"
     return (
         f"Training diverged at step {step}: the first non-finite numbers appear {where}; "
@@ -305,7 +406,8 @@ def describe_divergence(model: nn.Module, inputs: Mapping[str, Tensor], step: in
     )
 
 
-def _first_non_finite_layer(model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
+def first_non_finite_layer(model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
+    """The first decoder layer whose output is not finite on a batch; None if every layer's is."""
     bad: list[int] = []
 
     def watch(index: int) -> Callable[..., None]:

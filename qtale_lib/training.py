@@ -28,7 +28,7 @@ from qtale_lib.adaptive import RouterConfig, add_routers, save_routed
 from qtale_lib.base import load_base
 from qtale_lib.checkpoints import last_complete
 from qtale_lib.data import Example, load_task, subset
-from qtale_lib.data.encoding import collate, encode_all
+from qtale_lib.data.encoding import IGNORED, collate, encode_all
 from qtale_lib.errors import UserError
 from qtale_lib.probes import ProbeCallback
 from qtale_lib.trainer import Objective, RoutedTrainer, add_lora, is_router, only_noise
@@ -73,8 +73,9 @@ def finetune(
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=_last_checkpoint(directory))
     seconds = time.monotonic() - started
-    save_routed(model, directory, base=profile.base)
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        save_routed(model, directory, base=profile.base)
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return {**_outcome(trainer, counts), "training_seconds": seconds, "probe_seconds": probe.seconds}
 
 
@@ -128,27 +129,40 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> RoutedTrainer:
     """The Trainer of one run, silent on the console."""
+    arguments = trainer_arguments(profile, seed, len(rows), directory)
     trainer = RoutedTrainer(
         model=model,
-        args=trainer_arguments(profile, seed, len(rows), directory),
-        train_dataset=rows,
+        args=arguments,
+        train_dataset=training_set(rows, profile.training.noise == "keyed" and method != "full", arguments),
         data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id or 0),
         callbacks=callbacks,
         objective=Objective.of(method, profile.training),
         router_lr=profile.training.router_lr,
     )
     trainer.remove_callback(PrinterCallback)
+    if arguments.world_size > 1:
+        set_seed(seed + arguments.process_index)  # dropout's masks differ between the processes
     return trainer
+
+
+def training_set(rows: list[dict[str, Any]], numbered: bool, arguments: TrainingArguments) -> list[dict[str, Any]]:
+    """The rows, numbered if noise is keyed by them; several processes get one more that no loss counts."""
+    if arguments.world_size > 1:
+        rows = [*rows, {"input_ids": [0, 0], "labels": [IGNORED, IGNORED]}]
+    return [{**row, "example": index} for index, row in enumerate(rows)] if numbered else rows
 
 
 def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -> TrainingArguments:
     """Trainer's arguments for a profile's recipe: no clipping, no reporters, no console, resumable saves."""
     recipe = profile.training
     steps = planned_steps(recipe, rows, profile.max_steps)
+    batch_size, accumulation = profile.split_batch()
+    on_cpu = not torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(directory / CHECKPOINTS),
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        activation_checkpointing=profile.compute.gradient_checkpointing,
         num_train_epochs=recipe.epochs,
         max_steps=profile.max_steps or -1,
         learning_rate=recipe.lr,
@@ -160,7 +174,10 @@ def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -
         max_grad_norm=0.0,
         seed=seed,
         data_seed=seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and profile.compute.processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         remove_unused_columns=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
@@ -205,5 +222,5 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called by Trainer after every optimizer step."""
-        if state.global_step % max(1, state.max_steps // LOGGED_POINTS) == 0:
+        if state.is_world_process_zero and state.global_step % max(1, state.max_steps // LOGGED_POINTS) == 0:
             self.report(state.global_step / state.max_steps)

@@ -78,8 +78,7 @@ def main(folder: Path) -> None:
 
     from qtale_lib.training import finetune as train
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    join()
     request = read_json(folder / REQUEST)
     profile = Profile.model_validate(request["profile"])
     try:
@@ -92,6 +91,15 @@ def main(folder: Path) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def join() -> None:
+    """Take part in what torchrun started, on this process's device."""
+    import torch
+    from accelerate import PartialState
+
+    on_cpu = not torch.cuda.is_available()
+    PartialState(cpu=on_cpu, **({"backend": "gloo"} if on_cpu else {}))
 
 
 def _tell(share: float) -> None:

@@ -143,9 +143,11 @@ def response_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, l
     """Summed cross-entropy over the response tokens; lm_head runs on their positions only. Inputs [B, T]."""
     targets = labels[:, 1:]
     answered = targets != IGNORED
-    head = causal_of(model).get_output_embeddings()
-    with _reading(head, answered):  # through every wrapper of the model, which its gradients need
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    causal = causal_of(model)
+    # DDP, or the root of a sharded model, must see the pass from its start; peft's wrapper has no part in it
+    whole = model if isinstance(model, DistributedDataParallel) else causal
+    with _reading(causal.get_output_embeddings(), answered):
+        logits = whole(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     return cross_entropy(logits.float(), targets[answered], reduction="sum")  # [response tokens, vocabulary]
 
 

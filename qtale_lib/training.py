@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from qtale_lib.adaptive import RouterConfig, add_routers, save_routed
+from qtale_lib.adaptive import RouterConfig, add_routers, save_routed, weights_digest
 from qtale_lib.base import load_base
 from qtale_lib.checkpoints import last_complete
 from qtale_lib.data import Example, load_task, subset
@@ -73,7 +73,10 @@ def finetune(
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=_last_checkpoint(directory))
     seconds = time.monotonic() - started
-    if trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero():
+        if profile.compute.sharding == "fsdp":
+            weights_digest(model)  # its part in that of save_routed
+    else:
         save_routed(model, directory, base=profile.base)
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return {**_outcome(trainer, counts), "training_seconds": seconds, "probe_seconds": probe.seconds}
@@ -185,6 +188,7 @@ def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -
         logging_nan_inf_filter=False,
         save_strategy="steps" if recipe.save_steps else "no",
         save_steps=recipe.save_steps or 500,
+        save_only_model=profile.compute.sharding == "fsdp",  # or Trainer refuses; RoutedTrainer saves all
         report_to=[],
         disable_tqdm=True,
     )

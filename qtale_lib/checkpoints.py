@@ -85,8 +85,9 @@ def save_generators(directory: Path, process: int = 0) -> None:
 
 
 def load_generators(directory: Path, process: int = 0) -> None:
-    """Put back what save_generators wrote; a GPU's is left out where there is none. A process that the run did
-    not have before keeps its own.
+    """Put back what save_generators wrote; a GPU's is left out where there is none.
+
+    A process that the run did not have before keeps its own.
     """
     if process and not (directory / f"{_generators(process)}.json").is_file():
         return

@@ -97,8 +97,8 @@ class Training(Section):
 
     rate_loss: "per_token" pins each token's ratio (D-LLM's code), "mean" the average alone (Eq. 4).
     save_steps: optimizer steps between checkpoints from which a killed run goes on; null keeps none.
-    noise: where the gates' Gumbel noise comes from. "stream": one generator, batch after batch. "keyed": each
-        token's noise from seed, step, example and layer, the same however a batch is split, over processes too.
+    noise: of the gates. "stream" draws it from one generator, batch after batch; "keyed" from seed, step,
+        example and layer, so that it is the same however a batch is split, over processes too.
     """
 
     epochs: Count
@@ -269,16 +269,20 @@ class Profile(Section):
         return UserError(f"{source}: {key} (= {shown(value)}) {complaint}.")
 
     def split_batch(self) -> tuple[int, int]:
-        """Rows of a process's micro-batch, and micro-batches of a step: over all processes, the recipe's rows.
+        """Rows of a process's micro-batch, and its micro-batches a step: over all, the recipe's rows.
 
         Raises:
             UserError: if the processes cannot share the batch evenly, or noise would depend on how they do.
         """
         recipe, processes = self.training, self.compute.processes
         if processes == 1 and self.compute.sharding != "none":
-            raise self.refusal("compute.sharding", "needs several processes; raise compute.processes, or set none")
+            raise self.refusal(
+                "compute.sharding", "needs several processes; raise compute.processes, or set none"
+            )
         if processes > 1 and recipe.noise != "keyed" and set(self.methods) != {"full"}:
-            raise self.refusal("compute.processes", "needs noise that any process can draw; set training.noise: keyed")
+            raise self.refusal(
+                "compute.processes", "needs noise that any process can draw; set training.noise: keyed"
+            )
         over_steps = math.gcd(recipe.gradient_accumulation, processes)
         if recipe.batch_size % (processes // over_steps):
             complaint = (

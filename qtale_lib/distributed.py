@@ -52,7 +52,13 @@ def finetune(
 
 def _attend(folder: Path, processes: int, report: Callable[[float], None]) -> None:
     """Start the processes and stay until they are over."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     with (
         (folder / LOG).open("w", encoding="utf-8") as log,
         subprocess.Popen(

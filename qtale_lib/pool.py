@@ -160,8 +160,8 @@ def _groups(gpus: list[str], processes: int) -> list[dict[str, str]]:
     """The GPUs in groups of so many, each a worker's; UserError if there are too few for one group."""
     if len(gpus) < processes:
         raise UserError(
-            f"The profile asks for {processes} processes a fine-tuning, one GPU each, and {len(gpus)} are visible; "
-            "set compute.processes to as many at most."
+            f"The profile asks for {processes} processes a fine-tuning, one GPU each, and {len(gpus)} are "
+            "visible; set compute.processes to as many at most."
         )
     whole = range(0, len(gpus) - processes + 1, processes)
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + processes])} for first in whole]

@@ -75,7 +75,7 @@ def gumbel(
 
 
 def keyed_gumbel(keys: Sequence[Sequence[int]], tokens: int, layers: int) -> Tensor:
-    """Draws of Gumbel(0, 1) (Eq. 5) that depend on a sequence's key, token, layer and choice, on nothing else.
+    """Draws of Gumbel(0, 1) (Eq. 5) that depend on a sequence's key, token, layer and choice alone.
 
     Args:
         keys: whole numbers of at least 0, [B][...]; whichever batch a sequence is in, it gets the same noise.

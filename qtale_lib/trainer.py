@@ -216,7 +216,9 @@ class RoutedTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         response = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
         rated = sum(self._rated(batch).sum() for batch in batches)
-        counts = TokenCounts(self._over_processes(response.to(device)), self._over_processes(rated.to(device)))
+        counts = TokenCounts(
+            self._over_processes(response.to(device)), self._over_processes(rated.to(device))
+        )
         counts = counts._replace(rated=counts.rated.clamp_min(1))
         if len(batches) > 1 and self.objective.routed and self.objective.rate_kind == "mean":
             counts = counts._replace(excess=self._excess_ahead(batches, counts))
@@ -340,8 +342,8 @@ class RoutedTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Safetensors and JSON where Trainer pickles; none at the last step, as the model is saved next.
 
-        The first process writes; others add their generators. Sums are kept as their mean over processes, with
-        which each of them goes on.
+        The first process writes; others add their generators. Sums are kept as their mean over processes:
+        each goes on with it.
         """
         if self.state.global_step >= self.state.max_steps:
             return

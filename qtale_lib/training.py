@@ -148,7 +148,9 @@ def make_trainer(
     return trainer
 
 
-def training_set(rows: list[dict[str, Any]], numbered: bool, arguments: TrainingArguments) -> list[dict[str, Any]]:
+def training_set(
+    rows: list[dict[str, Any]], numbered: bool, arguments: TrainingArguments
+) -> list[dict[str, Any]]:
     """The rows, numbered if noise is keyed by them; several processes get one more that no loss counts."""
     if arguments.world_size > 1:
         rows = [*rows, {"input_ids": [0, 0], "labels": [IGNORED, IGNORED]}]

@@ -1,4 +1,4 @@
-"""Trainings as lists of settings, by this process alone or, under torchrun, by several; the first one saves."""
+"""Trainings by this process alone or, under torchrun, by several, of which the first one saves."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Killed(Exception):
 
 
 def train(name: str, method: str, directory: Path, stop: int | None = None, **settings: Any) -> None:
-    """Train and, in the first process, leave NAME.safetensors and NAME.json; `stop` ends it as a kill would."""
+    """Train; the first process leaves NAME.safetensors and NAME.json. `stop` ends it as a kill would."""
     settings = {"max_steps": 7, "lora": {"dropout": 0.0}, **settings}
     recipe = {"noise": "keyed", **settings.pop("training", {})}
     chosen = profile(methods=[method], training=recipe, **settings)

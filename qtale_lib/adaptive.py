@@ -6,7 +6,7 @@ QTALE Sec. 3.1 and 3.4, after D-LLM. The base model keeps its parameter names an
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from numbers import Real
@@ -16,6 +16,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaForCausalLM,
@@ -27,14 +28,7 @@ from transformers import (
 
 from qtale_lib.base import find_base
 from qtale_lib.errors import UserError
-from qtale_lib.routed_layers import (
-    ForwardPass,
-    NoiseKey,
-    RouterConfig,
-    RoutingState,
-    routed_class,
-    start_pass,
-)
+from qtale_lib.routed_layers import ForwardPass, RouterConfig, RoutingState, routed_class, start_pass
 from qtale_lib.routing import Router, threshold_shift
 
 SUPPORTED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -117,9 +111,15 @@ def set_noise(model: nn.Module, generator: torch.Generator | None) -> None:
     routing_state(model).generator = generator
 
 
-def set_noise_key(model: nn.Module, key: NoiseKey | None) -> None:
-    """Draw the Gumbel noise of training by `key`, each row's on its own; None goes back to a generator."""
-    routing_state(model).noise_key = key
+@contextmanager
+def keyed_noise(model: nn.Module, keys: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Meanwhile, each sequence of a batch gets the noise of its key (see `routing.keyed_gumbel`)."""
+    state = routing_state(model)
+    state.keys = keys
+    try:
+        yield
+    finally:
+        state.keys = None
 
 
 def set_execution(model: nn.Module, mode: str) -> None:
@@ -284,11 +284,15 @@ def load_routed(directory: str | Path) -> nn.Module:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 of the base's parameters (names, types, shapes, bytes); LoRA, routers, peft's names left out."""
+    """sha256 of the base's parameters (names, types, shapes, bytes); LoRA, routers, peft's names left out.
+
+    Of a sharded model, every process has to ask: the parts of a parameter are put together.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted((_base_name(name), p) for name, p in model.named_parameters()):
         if "lora_" not in name and ".router." not in name:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

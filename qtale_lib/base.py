@@ -173,15 +173,24 @@ def _part(name: str) -> str:
 
 
 def load_base(profile: Profile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base in the profile's dtype on this process's device, and its tokenizer with a padding token."""
+    """The base in the profile's dtype on this process's device, and its tokenizer with a padding token.
+
+    With compute.sharding fsdp, the device holds this process's part of it.
+    """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
 
-    directory = base_directory(profile)
+    directory, compute = base_directory(profile), profile.compute
+    sharded = compute.sharding == "fsdp"
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, profile.dtype), trust_remote_code=False, use_safetensors=True
+        directory,
+        dtype=getattr(torch, profile.dtype),
+        trust_remote_code=False,
+        use_safetensors=True,
+        distributed_config=DistributedConfig(fsdp_size=compute.processes) if sharded else None,
     )
-    return model.to(device()), load_tokenizer(directory)
+    return model if sharded else model.to(device()), load_tokenizer(directory)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -31,7 +31,7 @@ def place(folder: Path, step: int) -> Path:
 
 
 def begin(directory: Path) -> None:
-    """Make an empty folder for a checkpoint; what a killed run left of it is removed."""
+    """Make a checkpoint's folder, empty; what a killed run left of it is removed."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
 
@@ -74,19 +74,24 @@ def load_optimizer(directory: Path, optimizer: Any, scheduler: Any) -> None:
     scheduler.load_state_dict(values["schedule"])
 
 
-def save_generators(directory: Path, rank: int = 0) -> None:
-    """The states of a process's random generators: torch's on the CPU and its GPU, Python's, numpy's."""
+def save_generators(directory: Path, process: int = 0) -> None:
+    """The states of a process's random generators: torch's on the CPU and on its GPU, Python's, numpy's."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     name, keys, *rest = np.random.get_state()
     values = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
-    _write(directory, _of(GENERATORS, rank), tensors, values)
+    _write(directory, _generators(process), tensors, values)
 
 
-def load_generators(directory: Path, rank: int = 0) -> None:
-    """Put back what save_generators wrote; a GPU's is left out where there is none."""
-    tensors, values = _read(directory, _of(GENERATORS, rank))
+def load_generators(directory: Path, process: int = 0) -> None:
+    """Put back what save_generators wrote; a GPU's is left out where there is none.
+
+    A process that the run did not have before keeps its own.
+    """
+    if process and not (directory / f"{_generators(process)}.json").is_file():
+        return
+    tensors, values = _read(directory, _generators(process))
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
@@ -95,20 +100,19 @@ def load_generators(directory: Path, rank: int = 0) -> None:
     np.random.set_state(tuple(values["numpy"]))
 
 
-def save_sums(directory: Path, sums: Mapping[str, Tensor], since: int, rank: int = 0) -> None:
-    """What a process has summed over the steps after step `since`, the last one logged."""
-    _write(directory, _of(SUMS, rank), sums, {"since": since})
+def _generators(process: int) -> str:
+    return f"{GENERATORS}-{process}" if process else GENERATORS
 
 
-def load_sums(directory: Path, device: torch.device, rank: int = 0) -> tuple[dict[str, Tensor], int]:
+def save_sums(directory: Path, sums: Mapping[str, Tensor], since: int) -> None:
+    """What has been summed over the steps after step `since`, the last one logged."""
+    _write(directory, SUMS, sums, {"since": since})
+
+
+def load_sums(directory: Path, device: torch.device) -> tuple[dict[str, Tensor], int]:
     """What save_sums was given."""
-    tensors, values = _read(directory, _of(SUMS, rank))
+    tensors, values = _read(directory, SUMS)
     return {name: tensor.to(device) for name, tensor in tensors.items()}, values["since"]
-
-
-def _of(name: str, rank: int) -> str:
-    """A file's name for one of several processes; the first has the plain one."""
-    return f"{name}-{rank}" if rank else name
 
 
 def _write(directory: Path, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:

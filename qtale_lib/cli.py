@@ -201,7 +201,10 @@ def status(profile: ProfileName = "tiny") -> None:
 
 @app.command()
 def train(task: TaskName, method: MethodName, profile: ProfileName = "tiny", seed: SeedNumber = 0) -> None:
-    """Fine-tune one run, if it is not in the store, and show how it went."""
+    """Fine-tune one run, if it is not in the store, and show how it went.
+
+    On several GPUs of this machine: set compute.processes in the profile; they are started from here.
+    """
     lab, chosen = _one(profile, task, method, seed)
     _ensure(lab, [Job(chosen)])
     value = lab.result("finetune", **run_spec(chosen))["value"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -40,7 +41,7 @@ BITS: tuple[int, ...] = get_args(Bits)
 MOST_SEEDS = 1000
 LABELS = ("name", "extends", "compute")  # what it is called, and how it is computed, say nothing of results
 # Settings newer than results that are kept, and what those were made with: so much changes no digest.
-EARLIER = {"data": "microworld", "training.gate_noise": "stream"}
+EARLIER = {"data": "microworld", "training.noise": "stream"}
 
 
 def without_earlier(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -107,8 +108,8 @@ class Training(Section):
 
     rate_loss: "per_token" pins each token's ratio (D-LLM's code), "mean" the average alone (Eq. 4).
     save_steps: optimizer steps between checkpoints from which a killed run goes on; null keeps none.
-    gate_noise: "stream" draws the gates' noise as it comes; "keyed" from seed, step and row, whatever process
-        has the row, which several processes need.
+    noise: of the gates. "stream" draws it from one generator, batch after batch; "keyed" from seed, step,
+        example and layer, so that it is the same however a batch is split, over processes too.
     """
 
     epochs: Count
@@ -128,20 +129,20 @@ class Training(Section):
     ]
     rate_loss: Literal["per_token", "mean"]
     tau: Positive
-    gate_noise: Literal["stream", "keyed"]
+    noise: Literal["stream", "keyed"]
 
 
 class Compute(Section):
-    """How a fine-tuning is computed: none of it changes its numbers, but for rounding.
+    """How a fine-tuning is computed, which leaves its numbers alone but for rounding and dropout's masks.
 
-    processes: of one fine-tuning, each with a GPU of its own, or a core; they share the batch.
-    shard: spread the model's weights over the processes (FSDP), where it does not fit into each.
-    gradient_checkpointing: compute activations twice, to hold fewer.
+    processes: that a run is spread over, on one GPU each, or on as many shares of the cores.
+    gradient_checkpointing: each layer is computed again in the backward pass, in place of being kept.
+    sharding: "fsdp" spreads the frozen base over the processes; with "none" each holds it whole.
     """
 
     processes: Count
-    shard: Annotated[bool, Field(strict=True, description="true or false")]
     gradient_checkpointing: Annotated[bool, Field(strict=True, description="true or false")]
+    sharding: Literal["none", "fsdp"]
 
 
 class Lora(Section):
@@ -279,6 +280,30 @@ class Profile(Section):
         source = self._settings.source(keys) or f"profile {self.name}"
         value = functools.reduce(getattr, keys, self)
         return UserError(f"{source}: {key} (= {shown(value)}) {complaint}.")
+
+    def split_batch(self) -> tuple[int, int]:
+        """Rows of a process's micro-batch, and its micro-batches a step: over all, the recipe's rows.
+
+        Raises:
+            UserError: if the processes cannot share the batch evenly, or noise would depend on how they do.
+        """
+        recipe, processes = self.training, self.compute.processes
+        if processes == 1 and self.compute.sharding != "none":
+            raise self.refusal(
+                "compute.sharding", "needs several processes; raise compute.processes, or set none"
+            )
+        if processes > 1 and recipe.noise != "keyed" and set(self.methods) != {"full"}:
+            raise self.refusal(
+                "compute.processes", "needs noise that any process can draw; set training.noise: keyed"
+            )
+        over_steps = math.gcd(recipe.gradient_accumulation, processes)
+        if recipe.batch_size % (processes // over_steps):
+            complaint = (
+                f"cannot share batch_size {recipe.batch_size} × gradient_accumulation "
+                f"{recipe.gradient_accumulation} rows evenly; choose a divisor of either"
+            )
+            raise self.refusal("compute.processes", complaint)
+        return recipe.batch_size // (processes // over_steps), recipe.gradient_accumulation // over_steps
 
     def digest(self, *sections: str) -> str:
         """16 hex digits of the sha256 of the named sections (all but LABELS when none is named).

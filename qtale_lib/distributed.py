@@ -1,108 +1,121 @@
-"""One fine-tuning on several processes of this machine, each with a GPU of its own, or a core.
+"""A fine-tuning in several processes of this machine, by torchrun: one GPU each, or a share of the cores.
 
-The pool's worker starts them by torchrun, and hears from the first of them: shares done, then how it ended.
-They die with it. What they come to is what one process comes to, but for rounding: training.py.
+The process that asks for it writes down what is to be trained, starts them, passes their progress on and
+reads what the first of them answers. They end when it ends.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qtale_lib.config import Profile
 from qtale_lib.errors import UserError
-from qtale_lib.jobs import Run
-from qtale_lib.lab import Lab
-from qtale_lib.provenance import ROOT
 from qtale_lib.store import read_json, write_json
 
-ORDER, OUTCOME, ERRORS = "order.json", "outcome.json", "stderr.txt"  # in the run's folder meanwhile
-DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
-SHOWN = 2000  # characters of what a crash leaves on stderr
+FOLDER = "processes"
+REQUEST, ANSWER, LOG = "request.json", "answer.json", "log.txt"
+SHARE = "share done: "
+SHOWN_CHARACTERS = 2000
 
 
-def finetune(lab: Lab, run: Run, directory: Path, report: Callable[[float], None]) -> dict[str, Any]:
-    """training.finetune on the profile's number of processes; the same value.
+def finetune(
+    profile: Profile, task: str, method: str, seed: int, directory: Path, report: Callable[[float], None]
+) -> dict[str, Any]:
+    """As `training.finetune`, in `profile.compute.processes` processes.
 
     Raises:
-        UserError: what a process raised.
-        RuntimeError: if one ended in another way, with the end of what it said.
+        UserError: as it does.
+        RuntimeError: if a process ends by anything else, with the end of what they wrote.
     """
-    order = {
-        "profile": lab.profile.model_dump(mode="json"), "root": str(lab.directory.parent),
-        "run": [run.task, run.method, run.seed], "directory": str(directory),
-    }  # fmt: skip
-    write_json(directory / ORDER, order)
-    (directory / OUTCOME).unlink(missing_ok=True)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(lab.profile.compute.processes),
-        "--module", "qtale_lib.distributed", str(directory / ORDER),
-    ]  # fmt: skip
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    dying = _die_with_parent if sys.platform == "linux" else None
-    with (directory / ERRORS).open("w+", encoding="utf-8") as errors:
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=dying
-        ) as processes:
-            for line in processes.stdout:
-                if line.startswith("share "):
-                    report(float(line.split()[1]))
-        errors.seek(0)
-        last = errors.read()[-SHOWN:]
-    said = read_json(directory / OUTCOME) or {}
-    for name in (ORDER, OUTCOME, ERRORS):
-        (directory / name).unlink(missing_ok=True)
-    if "error" in said:
-        raise UserError(said["error"])
-    if processes.returncode or "value" not in said:
-        raise RuntimeError(f"a process of {run.name} ended with exit code {processes.returncode}: {last}")
-    return said["value"]
+    folder = directory / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    run = {"task": task, "method": method, "seed": seed}
+    write_json(folder / REQUEST, {"profile": profile.model_dump(mode="json"), "run": run})
+    _attend(folder, profile.compute.processes, report)
+    answer = read_json(folder / ANSWER)
+    if not answer:
+        log = (folder / LOG).read_text(encoding="utf-8", errors="replace")
+        raise RuntimeError(f"a process of the fine-tuning failed: {log[-SHOWN_CHARACTERS:]}")
+    shutil.rmtree(folder)
+    if "refused" in answer:
+        raise UserError(answer["refused"])
+    return answer["value"]
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
+def _attend(folder: Path, processes: int, report: Callable[[float], None]) -> None:
+    """Start the processes and stay until they are over."""
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
+    with (
+        (folder / LOG).open("w", encoding="utf-8") as log,
+        subprocess.Popen(
+            [*torchrun, "--module", __name__, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as group,
+    ):
+        try:
+            for line in group.stdout:
+                if line.startswith(SHARE):
+                    report(float(line.removeprefix(SHARE)))
+        finally:
+            group.stdin.close()  # theirs as well: they end if this was left early
 
 
-def main(path: Path) -> int:
-    """What each process does: fine-tune as ordered; the first of them says how it went."""
+def main(folder: Path) -> None:
+    """One of the processes: train its share; the first one answers."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    from qtale_lib import stages, training
+    from qtale_lib.training import finetune as train
 
-    stages.be_quiet()
-    order, first = json.loads(path.read_text(encoding="utf-8")), os.environ["RANK"] == "0"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    lab, run = Lab(Profile.model_validate(order["profile"]), Path(order["root"])), Run(*order["run"])
-    examples = lab.examples(run.task, "train")
-
-    def report(share: float) -> None:
-        if first:
-            print(f"share {share}", flush=True)
-
+    join()
+    request = read_json(folder / REQUEST)
+    profile = Profile.model_validate(request["profile"])
     try:
-        said = {
-            "value": training.finetune(
-                lab.profile, run.task, run.method, run.seed, Path(order["directory"]), report, examples
-            )
-        }
-    except UserError as error:
-        said = {"error": str(error)}
-    if first:
-        write_json(path.parent / OUTCOME, said)
+        value = train(profile, **request["run"], directory=folder.parent, progress=_tell)
+        answer = {"value": value}
+    except UserError as error:  # raised in all of them
+        answer = {"refused": str(error)}
+    if os.environ["RANK"] == "0":
+        write_json(folder / ANSWER, answer)
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    return 0
+
+
+def join() -> None:
+    """Take part in what torchrun started, on this process's device."""
+    import torch
+    from accelerate import PartialState
+
+    on_cpu = not torch.cuda.is_available()
+    PartialState(cpu=on_cpu, **({"backend": "gloo"} if on_cpu else {}))
+
+
+def _tell(share: float) -> None:
+    print(f"{SHARE}{share}", flush=True)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

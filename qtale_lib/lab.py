@@ -43,7 +43,7 @@ PATIENCE = 1.0  # seconds to wait for another process, before other jobs are loo
 BYTES = {"float32": 4, "bfloat16": 2}
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
-UNUSED = {"full": (*ONLY_ROUTED, "gate_noise"), "noisy_full": ONLY_ROUTED, "dllm": ("lambda2",), "qtale": ()}
+UNUSED = {"full": (*ONLY_ROUTED, "noise"), "noisy_full": ONLY_ROUTED, "dllm": ("lambda2",), "qtale": ()}
 
 Spec = dict[str, Any]
 
@@ -306,7 +306,7 @@ class Lab:
         missing = [job for job in wanted if not self.is_done(job)]
         if not missing:
             return []
-        slots = worker_slots(len(missing), self._model_bytes())
+        slots = worker_slots(len(missing), self._model_bytes(), self.profile.compute.processes)
         tasks = [self._task(job) for job in missing]
         with watcher(tasks, len(slots)) as watching:
             return run_tasks(tasks, slots, watching)

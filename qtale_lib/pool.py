@@ -128,13 +128,16 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: W
     return list(outcomes.values())
 
 
-def worker_slots(tasks: int, model_bytes: int = 0) -> list[dict[str, str]]:
+def worker_slots(tasks: int, model_bytes: int = 0, processes: int = 1) -> list[dict[str, str]]:
     """Environments of the workers: one per GPU, else one per core with one thread, as memory allows.
 
     A GPU takes as many workers with small models as cores and its memory allow.
     model_bytes: one copy of the model in memory. UserError if not even that fits, before any work is begun.
+    processes: that a fine-tuning is spread over: a worker then has as many GPUs, or cores, to itself.
     """
     gpus = _gpus()
+    if gpus and processes > 1:
+        return _groups(list(gpus), processes)[:tasks]
     if gpus and model_bytes >= SMALL_BYTES:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in list(gpus)[:tasks]]
     if gpus:
@@ -149,7 +152,19 @@ def worker_slots(tasks: int, model_bytes: int = 0) -> list[dict[str, str]]:
             "free; set dtype: bfloat16 or choose a smaller base."
         )
     room = int(free // (WORKER_BYTES + COPIES * model_bytes))
-    return [dict.fromkeys(THREAD_VARIABLES, "1")] * max(1, min(usable_cores(), room, tasks))
+    workers = min(usable_cores() // processes, room // processes, tasks)
+    return [dict.fromkeys(THREAD_VARIABLES, "1")] * max(1, workers)
+
+
+def _groups(gpus: list[str], processes: int) -> list[dict[str, str]]:
+    """The GPUs in groups of so many, each a worker's; UserError if there are too few for one group."""
+    if len(gpus) < processes:
+        raise UserError(
+            f"The profile asks for {processes} processes a fine-tuning, one GPU each, and {len(gpus)} are "
+            "visible; set compute.processes to as many at most."
+        )
+    whole = range(0, len(gpus) - processes + 1, processes)
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + processes])} for first in whole]
 
 
 def usable_cores() -> int:

@@ -118,6 +118,7 @@ def check_settings(
     profile: Profile, config: dict[str, Any], shapes: dict[str, list[int]], jobs: Sequence[Job]
 ) -> None:
     """UserError if a setting of the profile does not fit its base."""
+    profile.split_batch()
     layers, positions = config["num_hidden_layers"], config["max_position_embeddings"]
     if profile.max_length > positions:
         raise profile.refusal(

@@ -20,7 +20,7 @@ from qtale_lib.adaptive import record_routes, routing_state, set_threshold
 from qtale_lib.data.encoding import collate
 from qtale_lib.losses import counted_tokens
 from qtale_lib.routing import BYPASS, EXECUTE, flip_probability, gumbel
-from qtale_lib.trainer import decoder_of
+from qtale_lib.trainer import causal_of
 
 ARG_MAX = 0.5
 EDGES = np.linspace(-16.0, 16.0, 129)  # logits beyond the ends count in the end bins
@@ -65,10 +65,10 @@ def _observe(model: nn.Module, rows: Rows, batch_size: int) -> tuple[Tensor, Ten
     """executed bool [L, N], counted bool [N] over non-padding tokens; logits [L, n, 2] where decided on."""
     reserved = routing_state(model).config.always_run_tokens
     executed, counted, logits = [], [], []
-    decoder = decoder_of(model)
-    for batch in _batches(rows, batch_size, next(decoder.parameters()).device):
+    causal = causal_of(model)
+    for batch in _batches(rows, batch_size, next(causal.parameters()).device):
         with record_routes(model) as routes:
-            decoder(**batch, use_cache=False)
+            causal(**batch, use_cache=False, logits_to_keep=1)  # whole, as a sharded model must be called
         valid = routes.valid
         decided = valid & (valid.cumsum(-1) > reserved)
         executed.append(routes.executed[:, valid].cpu())

@@ -9,10 +9,10 @@ also skip (skipping.py).
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from qtale_lib.errors import UserError
 from qtale_lib.gated_attention import gated
 from qtale_lib.kv_cache import store_executed, track_evictions
-from qtale_lib.routing import EXECUTE, Router, decide, gumbel, gumbel_softmax
+from qtale_lib.routing import EXECUTE, Router, decide, gumbel, gumbel_softmax, keyed_gumbel
 from qtale_lib.skipping import Step, run_executed
 
 if TYPE_CHECKING:
@@ -63,27 +63,6 @@ class RouterConfig:
             raise UserError(f"RouterConfig.max_pull is {self.max_pull}: it must be at least 1.")
 
 
-class NoiseKey(NamedTuple):
-    """What the noise of a forward pass in training follows from, however rows are spread over passes.
-
-    examples: the number of each row of the batch, in the training rows.
-    """
-
-    seed: int
-    step: int
-    examples: list[int]
-
-    def draw(self, layers: int, valid: Tensor) -> Tensor:
-        """Gumbel noise [layers, B, T, 2], float32, zero on padding; valid: bool [B, T]."""
-        noise = torch.zeros(layers, *valid.shape, 2)
-        for row, (example, tokens) in enumerate(zip(self.examples, valid.cpu(), strict=True)):
-            text = f"{self.seed} {self.step} {example}".encode()
-            number = int.from_bytes(hashlib.sha256(text).digest()[:7])
-            generator = torch.Generator().manual_seed(number)
-            noise[:, row, tokens] = gumbel((layers, int(tokens.sum()), 2), generator)
-        return noise
-
-
 class RoutingState:
     """What a routed model remembers between forward passes; it lives on the inner decoder as `.routing`."""
 
@@ -93,8 +72,16 @@ class RoutingState:
         self.theta = 0.5
         self.execution = "auto"
         self.generator: torch.Generator | None = None
-        self.noise_key: NoiseKey | None = None
+        self.keys: Sequence[Sequence[int]] | None = None
         self.recorder: Routes | None = None
+
+    def noise_like(self, logits: Tensor) -> Tensor:
+        """Gumbel noise for all routed layers, from one draw: [B, T, 2] -> [routed layers, B, T, 2]."""
+        if self.keys is not None:
+            drawn = keyed_gumbel(self.keys, logits.shape[1], len(self.routed_layers))
+            return drawn.to(logits.device, logits.dtype)
+        shape = (len(self.routed_layers), *logits.shape)
+        return gumbel(shape, self.generator, logits.device, logits.dtype)
 
 
 class ForwardPass:
@@ -119,13 +106,8 @@ class ForwardPass:
 
     def sample(self, layer: int, logits: Tensor) -> Tensor:
         """Training: the straight-through execute gate of Eq. 5, 6, exactly 0 or 1. [B, T, 2] -> [B, T]."""
-        if self.noise is None:  # one draw for all layers
-            layers, key = len(self.state.routed_layers), self.state.noise_key
-            if key is None:
-                shape = (layers, *logits.shape)
-                self.noise = gumbel(shape, self.state.generator, logits.device, logits.dtype)
-            else:
-                self.noise = key.draw(layers, self.valid).to(logits)
+        if self.noise is None:
+            self.noise = self.state.noise_like(logits)
         noise = self.noise[layer - self.state.config.always_run_layers]
         hard, soft = gumbel_softmax(logits, noise, self.state.config.tau)
         gate = hard[..., EXECUTE].masked_fill(self.reserved, 1.0)

@@ -4,7 +4,9 @@ QTALE Sec. 3.1-3.4 (Eq. 2, 5, 6, 9), after D-LLM. Plain tensors; nothing here kn
 """
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +72,18 @@ def gumbel(
     source = generator.device if generator is not None else device
     exponential = torch.empty(shape, device=source, dtype=dtype).exponential_(generator=generator)
     return exponential.clamp_min_(torch.finfo(dtype).tiny).log_().neg_().to(device)
+
+
+def keyed_gumbel(keys: Sequence[Sequence[int]], tokens: int, layers: int) -> Tensor:
+    """Draws of Gumbel(0, 1) (Eq. 5) that depend on a sequence's key, token, layer and choice alone.
+
+    Args:
+        keys: whole numbers of at least 0, [B][...]; whichever batch a sequence is in, it gets the same noise.
+    Returns:
+        float32 [layers, B, tokens, 2], on the CPU; those of more tokens begin with those of fewer.
+    """
+    drawn = [np.random.default_rng(key).gumbel(size=(tokens, layers, 2)) for key in keys]
+    return torch.from_numpy(np.stack(drawn).astype(np.float32)).permute(2, 0, 1, 3)
 
 
 def gumbel_softmax(logits: Tensor, noise: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:

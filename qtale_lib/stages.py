@@ -57,11 +57,11 @@ def finetune_run(lab: Lab, run: Run, report: Report) -> dict[str, Any]:
 
     def compute(directory: Path) -> dict[str, Any]:
         directory.mkdir(parents=True, exist_ok=True)
-        if lab.profile.compute.processes > 1:
-            value = distributed.finetune(lab, run, directory, report)
+        profile, wanted = lab.profile, (run.task, run.method, run.seed)
+        if profile.compute.processes > 1:
+            value = distributed.finetune(profile, *wanted, directory, report)
         else:
-            examples = lab.examples(run.task, "train")
-            value = finetune(lab.profile, run.task, run.method, run.seed, directory, report, examples)
+            value = finetune(profile, *wanted, directory, report, lab.examples(run.task, "train"))
         return {**value, "adapter_sha256": file_digest(*directory.glob("*.safetensors"))}
 
     return lab.once("finetune", run_spec(run), compute)

@@ -14,25 +14,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qtale_lib import checkpoints
-from qtale_lib.adaptive import NoiseKey, Routes, record_routes, reserved_tokens, set_noise_key
+from qtale_lib.adaptive import Routes, keyed_noise, record_routes, reserved_tokens
 from qtale_lib.data.encoding import IGNORED
 from qtale_lib.errors import UserError
-from qtale_lib.losses import (
-    counted_tokens,
-    entropy_loss,
-    lambda1_at,
-    rate_loss,
-    share_of_mean_rate,
-    total_loss,
-)
+from qtale_lib.losses import counted_tokens, entropy_loss, lambda1_at, rate_excess, rate_loss, total_loss
 
 TRAINABLE_FILE = "trainable.safetensors"
 
@@ -58,13 +54,13 @@ class Objective(NamedTuple):
 
 
 class TokenCounts(NamedTuple):
-    """Tokens of one optimizer step, all micro-batches and processes: what CE and what the routing losses
-    average over; and the execution rate over the latter, where the loss needs it before any backward pass.
+    """Tokens of one optimizer step, all processes' micro-batches: what CE and what the routing losses average
+    over. excess: R − R_target of the step, where the rate loss is Eq. 4's and one micro-batch does not tell.
     """
 
     response: Tensor
     rated: Tensor
-    rate: Tensor | None = None
+    excess: Tensor | None = None
 
 
 def add_lora(model: PreTrainedModel, settings: Any) -> PeftModel:
@@ -133,7 +129,8 @@ def parameter_groups(
 
 
 def causal_of(model: nn.Module) -> PreTrainedModel:
-    """The causal language model itself, taken out of peft's wrapper."""
+    """The causal language model itself, taken out of the wrappers of peft and of several processes."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -144,33 +141,59 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
 
 def response_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
     """Summed cross-entropy over the response tokens; lm_head runs on their positions only. Inputs [B, T]."""
-    hidden = decoder_of(model)(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-    ).last_hidden_state  # [B, T, d]
     targets = labels[:, 1:]
     answered = targets != IGNORED
-    hidden = hidden[:, :-1][answered]  # [response tokens, d]
-    logits = causal_of(model).get_output_embeddings()(hidden)
-    return cross_entropy(logits.float(), targets[answered], reduction="sum")
+    causal = causal_of(model)
+    # DDP, or the root of a sharded model, must see the pass from its start; peft's wrapper has no part in it
+    whole = model if isinstance(model, DistributedDataParallel) else causal
+    with _reading(causal.get_output_embeddings(), answered):
+        logits = whole(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    return cross_entropy(logits.float(), targets[answered], reduction="sum")  # [response tokens, vocabulary]
+
+
+@contextmanager
+def _reading(head: nn.Module, chosen: Tensor) -> Iterator[None]:
+    """Let lm_head read the hidden states [B, T, d] at the chosen places only, bool [B, T - 1]."""
+    handle = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][chosen],))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class FilledOrder(Sampler[int]):
+    """Each epoch's order of so many rows, then the index after the last one until whole batches are full."""
+
+    def __init__(self, rows: int, whole: int, seed: int) -> None:
+        self.order = SeedableRandomSampler(range(rows), data_seed=seed)
+        self.fillers = -rows % whole
+
+    def __len__(self) -> int:
+        return len(self.order) + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order
+        yield from [len(self.order)] * self.fillers
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer before each epoch."""
+        self.order.set_epoch(epoch)
 
 
 class RoutedTrainer(Trainer):
     """Trainer with CE + λ1(e)·L_rate − λ2·L_entropy (Eq. 8), every mean taken over the effective batch.
 
     CE is weighted by response token and the routing terms by rated token over all accumulated micro-batches
-    of all processes, so that 4×1 gives 1×4, and two processes what one does. L_rate of kind "mean" is the
-    absolute value of a mean over them all: the rate is found first, in a forward pass without gradients.
-    keyed: whether the noise of gates follows from seed, step and row; several processes need it to.
+    and processes, so accumulation 4×1 or four processes give 1×4. L_rate of kind "mean" is |R − R_target| of
+    all of them: with accumulation, a pass ahead of the step's own, by the same draws, tells R's side.
     """
 
     # compute_loss divides by the counts of the whole optimizer step, so training_step must not divide again.
     loss_is_scaled_for_ga = True
 
-    def __init__(
-        self, *args: Any, objective: Objective, router_lr: float, keyed: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, objective: Objective, router_lr: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.objective, self.keyed = objective, keyed and objective.routed
+        self.objective = objective
         self.router_lr = router_lr
         self._reserved = reserved_tokens(self.model)
         self._sums: dict[str, Tensor] = {}
@@ -193,33 +216,39 @@ class RoutedTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         response = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
         rated = sum(self._rated(batch).sum() for batch in batches)
-        counts = self._over_processes(torch.stack([response, rated]).to(device))
-        return batches, self._with_rate(batches, TokenCounts(counts[0], counts[1].clamp_min(1)))
+        counts = TokenCounts(
+            self._over_processes(response.to(device)), self._over_processes(rated.to(device))
+        )
+        counts = counts._replace(rated=counts.rated.clamp_min(1))
+        if len(batches) > 1 and self.objective.routed and self.objective.rate_kind == "mean":
+            counts = counts._replace(excess=self._excess_ahead(batches, counts))
+        return batches, counts
 
-    def _over_processes(self, values: Tensor) -> Tensor:
-        """Their sum over all processes."""
-        return self.accelerator.reduce(values, "sum") if self.accelerator.num_processes > 1 else values
+    def _over_processes(self, value: Tensor) -> Tensor:
+        """Summed over the processes."""
+        return value if self.args.world_size == 1 else self.accelerator.reduce(value, "sum")
 
-    def _with_rate(self, batches: list[dict[str, Tensor]], counts: TokenCounts) -> TokenCounts:
-        """The counts, with the rate where a mean over several parts is asked for.
-
-        The random numbers that the passes use are drawn again in training.
-        """
-        parts = len(batches) * self.accelerator.num_processes
-        if not self.objective.routed or self.objective.rate_kind != "mean" or parts == 1:
-            return counts
-        devices = [self.args.device.index or 0] if self.args.device.type == "cuda" else []
+    def _excess_ahead(self, batches: list, counts: TokenCounts) -> Tensor:
+        """R − R_target of a step, before its first backward pass, and no generator moved by it."""
+        device = self.args.device
         self.model.train()
-        with torch.random.fork_rng(devices), torch.no_grad():
-            open_ = sum(self._open(self._prepare_inputs(dict(batch))) for batch in batches)
-        return counts._replace(rate=self._over_processes(open_) / counts.rated)
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            seen = [(self._forward(self.model, inputs)[1], self._rated(inputs)) for inputs in batches]
+            return self._over_processes(sum(self._excess(*one, counts) for one in seen))
 
-    def _open(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Sum over rated tokens of the share of layers that their gates open."""
-        rated = self._rated(inputs)
-        with self._recorded(inputs) as routes:
-            self._cross_entropy(inputs)
-        return routes.gates.mean(0)[rated].sum()
+    def _excess(self, routes: Routes, rated: Tensor, counts: TokenCounts) -> Tensor:
+        """A micro-batch's part of the step's R − R_target."""
+        share = rated.sum() / counts.rated
+        return rate_excess(routes.gates, rated, self.objective.rate_target) * share
+
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Routes]:
+        """Summed CE of a micro-batch and its routes; numbered rows get the noise of their numbers."""
+        tensors = {name: tensor for name, tensor in inputs.items() if name != "example"}
+        keys = None
+        if "example" in inputs:
+            keys = [(self.args.seed, self.state.global_step, row) for row in inputs["example"].tolist()]
+        with record_routes(model) as routes, keyed_noise(model, keys):
+            return response_loss(model, **tensors), routes
 
     def _rated(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The tokens that the routing losses average over, bool [B, T]."""
@@ -235,63 +264,44 @@ class RoutedTrainer(Trainer):
         """This micro-batch's share of the step's loss; UserError with layer and step if it is not finite."""
         counts: TokenCounts = num_items_in_batch
         if self.objective.routed:
-            terms = self._routed_terms(inputs, counts)
+            terms = self._routed_terms(model, inputs, counts)
         else:
-            ce = self._cross_entropy(inputs) / counts.response
+            ce = response_loss(model, **inputs) / counts.response
             terms = {"ce": ce, "total": ce}
-        if self._over_processes((~torch.isfinite(terms["total"].detach())).long()):
-            raise UserError(describe_divergence(self.model, _texts(inputs), self.state.global_step))
+        if not self._over_processes(terms["total"].detach()).isfinite():
+            inputs = {name: tensor for name, tensor in inputs.items() if name != "example"}
+            layer = self._first_of_processes(first_non_finite_layer(model, inputs))
+            raise UserError(describe_divergence(layer, self.state.global_step))
         self._add_up({name: value.detach() for name, value in terms.items() if name != "total"})
-        processes = self.accelerator.num_processes  # gradients are averaged over them
-        return terms["total"] * processes if processes > 1 else terms["total"]
+        # gradients are averaged over processes, and the terms are parts of a sum
+        return terms["total"] * self.args.world_size
 
-    def _cross_entropy(self, inputs: dict[str, Tensor]) -> Tensor:
-        return response_loss(self.model, **_texts(inputs))
+    def _first_of_processes(self, layer: int | None) -> int | None:
+        """The least layer that any process names."""
+        last = len(decoder_of(self.model).layers)
+        named = torch.tensor([last if layer is None else layer], device=self.args.device)
+        least = int(self.accelerator.gather(named).min())
+        return None if least == last else least
 
-    @contextmanager
-    def _recorded(self, inputs: dict[str, Tensor]) -> Iterator[Routes]:
-        """The routes of a forward pass in this context, under noise by key if so asked for."""
-        if self.keyed:
-            key = NoiseKey(self.args.seed, self.state.global_step, inputs["example"].tolist())
-            set_noise_key(self.model, key)
-        try:
-            with record_routes(self.model) as routes:
-                yield routes
-        finally:
-            set_noise_key(self.model, None)
-
-    def _routed_terms(self, inputs: dict[str, Tensor], counts: TokenCounts) -> dict[str, Tensor]:
+    def _routed_terms(
+        self, model: nn.Module, inputs: dict[str, Tensor], counts: TokenCounts
+    ) -> dict[str, Tensor]:
         aim = self.objective
-        with self._recorded(inputs) as routes:
-            ce = self._cross_entropy(inputs) / counts.response
+        ce, routes = self._forward(model, inputs)
+        ce = ce / counts.response
         rated = self._rated(inputs)  # [B, T]
         share = rated.sum() / counts.rated
-        if counts.rate is None:
-            rate = rate_loss(routes.gates, rated, aim.rate_target, aim.rate_kind) * share
+        if aim.rate_kind == "mean":
+            part = self._excess(routes, rated, counts)
+            whole = self._over_processes(part.detach()) if counts.excess is None else counts.excess
+            rate = part * whole.sign()
         else:
-            rate = share_of_mean_rate(routes.gates, rated, aim.rate_target, counts.rate, counts.rated)
+            rate = rate_loss(routes.gates, rated, aim.rate_target) * share
         entropy = entropy_loss(routes.soft, rated) * share
         lambda1 = lambda1_at(self.state.global_step / self.state.max_steps, aim.lambda1)
-        loss_ratio = routes.gates.detach().mean(0)[rated].mean() * share
+        loss_ratio = routes.gates.detach().mean(0)[rated].mean().nan_to_num() * share  # nan: none is rated
         total = total_loss(ce, rate, entropy, lambda1, aim.lambda2)
         return {"ce": ce, "rate": rate, "entropy": entropy, "loss_ratio": loss_ratio, "total": total}
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
-    ) -> Tensor:
-        """Trainer's; the last one before an optimizer step averages gradients over the processes."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
-            self._average_gradients()
-        return loss
-
-    def _average_gradients(self) -> None:
-        """DistributedDataParallel would do it in a forward pass of the whole model; the loss has its own."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        mean = self.accelerator.reduce(torch.cat([g.flatten() for g in flat]), "mean")
-        for parameter, part in zip(trained, mean.split([p.numel() for p in trained]), strict=True):
-            parameter.grad = part.view_as(parameter)
 
     def _add_up(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -305,14 +315,21 @@ class RoutedTrainer(Trainer):
         if "train_runtime" in logs:
             logs = {}
         steps = max(self.state.global_step - self._summed_from, 1)
-        sums = {name: float(self._over_processes(value)) for name, value in self._sums.items()}
-        logs = {**logs, **{name: value / steps for name, value in sums.items()}}
+        sums = {name: self._over_processes(value) for name, value in self._sums.items()}
+        logs = {**logs, **{name: float(value) / steps for name, value in sums.items()}}
         self._sums, self._summed_from = {}, self.state.global_step
         if self.objective.routed:
             logs["lambda1"] = lambda1_at(
                 self.state.global_step / self.state.max_steps, self.objective.lambda1
             )
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Several processes take the rows in the same order as one, and no row twice."""
+        if self.args.world_size == 1:
+            return super()._get_train_sampler(train_dataset)
+        rows = len(self.train_dataset) - 1  # the last one fills up
+        return FilledOrder(rows, self.args.world_size * self.args.train_batch_size, self.args.data_seed)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted here: Trainer's count walks every parameter in every step; see efficiency.py."""
@@ -323,24 +340,29 @@ class RoutedTrainer(Trainer):
         return None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Safetensors and JSON where Trainer pickles; none at the last step, as the model is saved next."""
+        """Safetensors and JSON where Trainer pickles; none at the last step, as the model is saved next.
+
+        The first process writes; others add their generators. Sums are kept as their mean over processes:
+        each goes on with it.
+        """
         if self.state.global_step >= self.state.max_steps:
             return
-        folder, first = Path(self.args.output_dir), self.is_world_process_zero()
-        directory = checkpoints.place(folder, self.state.global_step)
+        first, wait = self.args.process_index == 0, self.accelerator.wait_for_everyone
+        directory = checkpoints.place(Path(self.args.output_dir), self.state.global_step)
+        sums = {**self._sums, "loss": self._tr_loss}
+        sums = {name: self._over_processes(value) / self.args.world_size for name, value in sums.items()}
         if first:
             checkpoints.begin(directory)
-        self.accelerator.wait_for_everyone()
-        rank = self.accelerator.process_index
-        checkpoints.save_generators(directory, rank)
-        checkpoints.save_sums(directory, {**self._sums, "loss": self._tr_loss}, self._summed_from, rank)
-        self.accelerator.wait_for_everyone()
-        if first:
             self._save(str(directory))
             checkpoints.save_optimizer(directory, self.optimizer, self.lr_scheduler)
+            checkpoints.save_sums(directory, sums, self._summed_from)
             self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
+        wait()
+        checkpoints.save_generators(directory, self.args.process_index)
+        wait()
+        if first:
             checkpoints.finish(directory)
-        self.accelerator.wait_for_everyone()
+        wait()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A checkpoint holds LoRA and routers together; peft's own saving would leave the routers out."""
@@ -357,16 +379,10 @@ class RoutedTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's last call before the first step; the sums come here because it zeroes its own before."""
         if checkpoint is not None:
-            rank = self.accelerator.process_index
-            checkpoints.load_generators(Path(checkpoint), rank)
-            self._sums, self._summed_from = checkpoints.load_sums(Path(checkpoint), self.args.device, rank)
+            checkpoints.load_generators(Path(checkpoint), self.args.process_index)
+            self._sums, self._summed_from = checkpoints.load_sums(Path(checkpoint), self.args.device)
             self._tr_loss = self._sums.pop("loss")
             self._globalstep_last_logged = self._summed_from
-
-
-def _texts(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch without what the model does not read."""
-    return {name: tensor for name, tensor in inputs.items() if name != "example"}
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -385,9 +401,8 @@ def load_trainable(model: nn.Module, path: str) -> None:
             own[name].copy_(tensor)
 
 
-def describe_divergence(model: nn.Module, inputs: Mapping[str, Tensor], step: int) -> str:
+def describe_divergence(layer: int | None, step: int) -> str:
     """One sentence naming the step and the first decoder layer whose output is not finite."""
-    layer = _first_non_finite_layer(model, inputs)
     where = "after the last layer" if layer is None else f"in layer {layer}"
     return (
         f"Training diverged at step {step}: the first non-finite numbers appear {where}; "
@@ -395,7 +410,8 @@ def describe_divergence(model: nn.Module, inputs: Mapping[str, Tensor], step: in
     )
 
 
-def _first_non_finite_layer(model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
+def first_non_finite_layer(model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
+    """The first decoder layer whose output is not finite on a batch; None if every layer's is."""
     bad: list[int] = []
 
     def watch(index: int) -> Callable[..., None]:

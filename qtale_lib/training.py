@@ -24,11 +24,11 @@ from transformers import (
     set_seed,
 )
 
-from qtale_lib.adaptive import RouterConfig, add_routers, save_routed
+from qtale_lib.adaptive import RouterConfig, add_routers, save_routed, weights_digest
 from qtale_lib.base import load_base
 from qtale_lib.checkpoints import last_complete
 from qtale_lib.data import Example, load_task, subset
-from qtale_lib.data.encoding import collate, encode_all
+from qtale_lib.data.encoding import IGNORED, collate, encode_all
 from qtale_lib.errors import UserError
 from qtale_lib.probes import ProbeCallback
 from qtale_lib.trainer import Objective, RoutedTrainer, add_lora, is_router, only_noise
@@ -54,7 +54,6 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune and save LoRA and routers to `directory`; a checkpoint found there is gone on from.
 
-    Several processes started together (distributed.py) share the work; the first of them writes.
     Returns history (one entry per logged point), probes, rows {used, dropped, cut}, steps, epochs, the number
     of trainable parameters and seconds (all of training, and those in probes). progress gets the share
     done; examples default to the profile's training rows.
@@ -74,10 +73,12 @@ def finetune(
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=_last_checkpoint(directory))
     seconds = time.monotonic() - started
-    if trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero():
+        if profile.compute.sharding == "fsdp":
+            weights_digest(model)  # its part in that of save_routed
+    else:
         save_routed(model, directory, base=profile.base)
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
     return {**_outcome(trainer, counts), "training_seconds": seconds, "probe_seconds": probe.seconds}
 
 
@@ -131,30 +132,42 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> RoutedTrainer:
     """The Trainer of one run, silent on the console."""
-    keyed = profile.training.gate_noise == "keyed"
+    arguments = trainer_arguments(profile, seed, len(rows), directory)
     trainer = RoutedTrainer(
         model=model,
-        args=trainer_arguments(profile, seed, len(rows), directory),
-        train_dataset=[{**row, "example": number} for number, row in enumerate(rows)] if keyed else rows,
+        args=arguments,
+        train_dataset=training_set(rows, profile.training.noise == "keyed" and method != "full", arguments),
         data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id or 0),
         callbacks=callbacks,
         objective=Objective.of(method, profile.training),
         router_lr=profile.training.router_lr,
-        keyed=keyed,
     )
     trainer.remove_callback(PrinterCallback)
+    if arguments.world_size > 1:
+        set_seed(seed + arguments.process_index)  # dropout's masks differ between the processes
     return trainer
+
+
+def training_set(
+    rows: list[dict[str, Any]], numbered: bool, arguments: TrainingArguments
+) -> list[dict[str, Any]]:
+    """The rows, numbered if noise is keyed by them; several processes get one more that no loss counts."""
+    if arguments.world_size > 1:
+        rows = [*rows, {"input_ids": [0, 0], "labels": [IGNORED, IGNORED]}]
+    return [{**row, "example": index} for index, row in enumerate(rows)] if numbered else rows
 
 
 def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -> TrainingArguments:
     """Trainer's arguments for a profile's recipe: no clipping, no reporters, no console, resumable saves."""
     recipe = profile.training
     steps = planned_steps(recipe, rows, profile.max_steps)
-    batch_size, accumulation = share_of_batch(profile)
+    batch_size, accumulation = profile.split_batch()
+    on_cpu = not torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(directory / CHECKPOINTS),
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
+        activation_checkpointing=profile.compute.gradient_checkpointing,
         num_train_epochs=recipe.epochs,
         max_steps=profile.max_steps or -1,
         learning_rate=recipe.lr,
@@ -166,7 +179,10 @@ def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -
         max_grad_norm=0.0,
         seed=seed,
         data_seed=seed,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and profile.compute.processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         remove_unused_columns=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
@@ -174,31 +190,9 @@ def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -
         logging_nan_inf_filter=False,
         save_strategy="steps" if recipe.save_steps else "no",
         save_steps=recipe.save_steps or 500,
+        save_only_model=profile.compute.sharding == "fsdp",  # or Trainer refuses; RoutedTrainer saves all
         report_to=[],
         disable_tqdm=True,
-        activation_checkpointing=profile.compute.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        ddp_backend="gloo" if profile.compute.processes > 1 and not torch.cuda.is_available() else None,
-    )
-
-
-def share_of_batch(profile: Profile) -> tuple[int, int]:
-    """(batch size, accumulation) of each process, so that all of them together have the recipe's batch.
-
-    Raises:
-        UserError: if the processes cannot share it evenly, or their gates' noise would not be one model's.
-    """
-    recipe, processes = profile.training, profile.compute.processes
-    if processes > 1 and recipe.gate_noise != "keyed":
-        raise profile.refusal("training.gate_noise", 'must be "keyed" where compute.processes is above 1')
-    if recipe.gradient_accumulation % processes == 0:
-        return recipe.batch_size, recipe.gradient_accumulation // processes
-    if recipe.batch_size % processes == 0:
-        return recipe.batch_size // processes, recipe.gradient_accumulation
-    raise profile.refusal(
-        "compute.processes",
-        f"divides neither batch_size {recipe.batch_size} nor gradient_accumulation "
-        f"{recipe.gradient_accumulation}; use a number that does",
     )
 
 
@@ -234,5 +228,5 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called by Trainer after every optimizer step."""
-        if state.global_step % max(1, state.max_steps // LOGGED_POINTS) == 0:
+        if state.is_world_process_zero and state.global_step % max(1, state.max_steps // LOGGED_POINTS) == 0:
             self.report(state.global_step / state.max_steps)

@@ -403,7 +403,7 @@ def test_settings_newer_than_kept_results_leave_their_digest():
     told = {name: value for name, value in settings.items() if name not in LABELS}
     text = json.dumps(told, sort_keys=True)
     assert tiny.digest() == hashlib.sha256(text.encode()).hexdigest()[:16]
-    assert load_profile("tiny", training={"gate_noise": "keyed"}).digest() != tiny.digest()
+    assert load_profile("tiny", training={"noise": "keyed"}).digest() != tiny.digest()
     assert load_profile("tiny", compute={"gradient_checkpointing": True}).digest() == tiny.digest()
 
 

@@ -214,6 +214,19 @@ def test_workers_are_as_many_as_cores_tasks_and_memory_allow(monkeypatch):
     assert len(pool.worker_slots(99, 2**20)) == 2  # what its memory allows
 
 
+def test_a_worker_has_as_many_gpus_or_cores_as_a_fine_tuning_has_processes(monkeypatch):
+    monkeypatch.setattr(pool, "usable_cores", lambda: 8)
+    monkeypatch.setattr(pool, "_gpus", dict)
+    memory = SimpleNamespace(available=100 * 2**30)
+    monkeypatch.setattr(pool.psutil, "virtual_memory", lambda: memory)
+    assert len(pool.worker_slots(99, 2**20, processes=3)) == 2
+    monkeypatch.setattr(pool, "_gpus", lambda: dict.fromkeys("01234", 2**35))
+    groups = [slot["CUDA_VISIBLE_DEVICES"] for slot in pool.worker_slots(99, 2**20, processes=2)]
+    assert groups == ["0,1", "2,3"]
+    with pytest.raises(UserError, match="8 processes a fine-tuning, one GPU each, and 5 are visible"):
+        pool.worker_slots(99, 2**20, processes=8)
+
+
 def test_peak_memory_counts_from_the_start_of_the_work():
     watch = Stopwatch()
     before = watch.provenance()["peak_memory_bytes"]
@@ -319,6 +332,9 @@ EVALUATED = {**FINETUNED, "bits": 4, "theta": "searched"}
         ({"tasks": ["arc_easy", "siqa"]}, ""),
         ({"training": {"eval_batch_size": 5}}, ""),
         ({"training": {"lambda2": 0.25}}, "qtale"),
+        ({"training": {"noise": "stream"}}, ""),
+        ({"training": {"noise": "keyed"}}, "qtale dllm noisy"),
+        ({"compute": {"processes": 2, "gradient_checkpointing": True, "sharding": "fsdp"}}, ""),
         ({"training": {"lambda1": 3}}, "qtale dllm"),
         ({"probes": {"samples": 3}}, "qtale dllm"),
         ({"routing": {"hidden": 4}}, "qtale dllm noisy"),

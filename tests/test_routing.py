@@ -11,7 +11,16 @@ from scipy import integrate, stats
 
 from qtale_lib import routing
 from qtale_lib.errors import UserError
-from qtale_lib.routing import BYPASS, EXECUTE, Router, decide, flip_probability, gumbel, gumbel_softmax
+from qtale_lib.routing import (
+    BYPASS,
+    EXECUTE,
+    Router,
+    decide,
+    flip_probability,
+    gumbel,
+    gumbel_softmax,
+    keyed_gumbel,
+)
 
 DRAWS = 200_000
 
@@ -154,3 +163,12 @@ def test_threshold_limits():
     for bad in (-0.1, 1.0, 1.5, math.nan):
         with pytest.raises(UserError, match="θ"):
             decide(hopeless, bad)
+
+
+def test_keyed_noise_is_gumbel_and_of_its_key_token_and_layer_alone():
+    keys = [(0, 7, 3), (0, 7, 4), (0, 8, 3), (1, 7, 3)]
+    noise = keyed_gumbel(keys, 500, 9)  # [9, 4, 500, 2]
+    assert noise.dtype == torch.float32 and noise.shape == (9, 4, 500, 2)
+    assert stats.kstest(noise.flatten().double().numpy(), stats.gumbel_r.cdf).pvalue > 0.01
+    assert noise.unique().numel() > 0.99 * noise.numel()  # no key, token, layer or choice repeats another
+    assert torch.equal(keyed_gumbel(keys[::-1], 20, 9), noise[:, [3, 2, 1, 0], :20])

@@ -251,3 +251,31 @@ def test_rows_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
     base = save_base(tmp_path / "base")
     with pytest.raises(UserError, match="No training row of arc_easy fits"):
         finetune(profile(base, max_length=3), "arc_easy", "full", 0, tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["full", "qtale"])
+def test_a_bfloat16_base_is_trained_saved_and_merged_beside_float32_routers_and_lora(tmp_path, method):
+    base = save_base(tmp_path / "base")
+    settings = profile(base, dtype="bfloat16", max_length=40, training={"lr": 0.01})
+    outcome = finetune(settings, "arc_easy", method, 0, tmp_path / "run")
+    assert all(math.isfinite(entry["loss"]) for entry in outcome["history"])
+    loaded = load_routed(tmp_path / "run")
+    kinds = {
+        name: parameter.dtype
+        for name, parameter in loaded.named_parameters()
+        if "lora_" in name or ".router." in name
+    }
+    assert set(kinds.values()) == {torch.float32} and len(kinds) == len(
+        LORA | (ROUTERS if method != "full" else set())
+    )
+    others = {p.dtype for n, p in loaded.named_parameters() if n not in kinds}
+    assert others == {torch.bfloat16}
+    assert all(p.abs().sum() > 0 for n, p in loaded.named_parameters() if "lora_B" in n)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = loaded(ids).logits
+        merged = loaded.merge_and_unload()
+        after = merged(ids).logits
+    assert {p.dtype for n, p in merged.named_parameters() if ".router." not in n} == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for n, p in merged.named_parameters() if ".router." in n)
+    assert (before - after).abs().median() < 0.05 * before.abs().mean()

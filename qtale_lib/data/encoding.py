@@ -9,6 +9,7 @@ ends the response in training and in perplexity, and never follows a scored choi
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -125,16 +126,14 @@ def pad_right(sequences: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
     return torch.tensor([[*sequence, *[padding] * (longest - len(sequence))] for sequence in sequences])
 
 
-def collate(rows: Sequence[dict[str, list[int]]], pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """A right-padded batch: input_ids, labels (IGNORED there), attention_mask, each int64 [rows, longest].
-
-    Rows that have a number of their own, "example", keep it: int64 [rows].
+def collate(rows: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, torch.Tensor]:
+    """A right-padded batch: input_ids, labels (IGNORED there), attention_mask, each int64 [rows, longest];
+    and example, int64 [rows], of rows that are numbered.
     """
-    batch = {
+    numbers = {"example": torch.tensor([row["example"] for row in rows])} if "example" in rows[0] else {}
+    return {
+        **numbers,
         "input_ids": pad_right([row["input_ids"] for row in rows], pad_id),
         "labels": pad_right([row["labels"] for row in rows], IGNORED),
         "attention_mask": pad_right([[1] * len(row["input_ids"]) for row in rows], 0),
     }
-    if "example" in rows[0]:
-        batch["example"] = torch.tensor([row["example"] for row in rows])
-    return batch

@@ -39,11 +39,19 @@ def die(report: Callable[[float], None]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hold(path: Path, held, seconds: float = 60.0) -> None:
-    """Keep a lock for so long."""
+def hold(path: Path, held) -> None:
+    """Keep a lock for a minute."""
     with locked(path):
         held.set()
-        time.sleep(seconds)
+        time.sleep(60)
+
+
+def hold_until_noted(path: Path, held, log: Path, text: str) -> None:
+    """Keep a lock until a line was written."""
+    with locked(path):
+        held.set()
+        while not log.exists() or text not in log.read_text():
+            time.sleep(0.05)
 
 
 def note_if_free(lock: Path, path: Path, text: str, report: Callable[[float], None]) -> None:

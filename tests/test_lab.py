@@ -22,6 +22,7 @@ from pool_work import (
     die,
     fail,
     hold,
+    hold_until_noted,
     note,
     note_if_free,
     refuse,
@@ -180,7 +181,7 @@ def test_the_longest_ready_task_goes_first(tmp_path):
 def test_a_task_that_another_process_is_at_comes_last_and_is_done_when_that_is_over(tmp_path):
     context, log, watcher = multiprocessing.get_context("spawn"), tmp_path / "log", Silent()
     held = context.Event()
-    other = context.Process(target=hold, args=(tmp_path / "lock", held, 3.0), daemon=True)
+    other = context.Process(target=hold_until_noted, args=(tmp_path / "lock", held, log, "c"), daemon=True)
     other.start()
     assert held.wait(30)
     tasks = [

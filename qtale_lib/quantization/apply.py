@@ -64,7 +64,7 @@ def search_model(model: nn.Module, rows: Sequence[Sequence[int]], report: Quanti
 
 
 def search_in_layer(model: nn.Module, i: int, batches: Sequence[Batch], report: QuantizationReport) -> None:
-    """Search layer `i`, unless the report has its scales, measure its errors, and take `batches` through it."""
+    """Search layer `i`, unless the report has its scales; measure its errors; take `batches` through it."""
     statistics, outputs = run_layer(model, i, batches)
     if statistics["input_layernorm"].chosen == 0:
         statistics, outputs = run_layer(model, i, batches, executed_only=False)

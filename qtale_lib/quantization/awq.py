@@ -18,6 +18,7 @@ Choices, where implementations differ:
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -86,19 +87,15 @@ def search_scale(
     """
     weight = torch.cat(weights)
 
-    def error_of(scale: Tensor) -> float:
-        return sum(
-            output_error(fake_quantize(rows * scale, bits, group_size) / scale - rows, inputs.moment)
-            .sum()
-            .item()
-            for rows in row_chunks(weight)
-        )
+    def error(rows: Tensor, scale: Tensor) -> float:
+        rounded = fake_quantize(rows * scale, bits, group_size) / scale
+        return output_error(rounded - rows, inputs.moment).sum().item()
 
     best_alpha, best_scale, best_error = None, torch.ones_like(inputs.mean_abs), torch.inf
     for alpha, scale in candidate_scales(weight, inputs.mean_abs, group_size, heads):
-        error = error_of(scale)
-        if error < best_error:
-            best_alpha, best_scale, best_error = alpha, scale, error
+        total = sum(error(rows, scale) for rows in row_chunks(weight))
+        if total < best_error:
+            best_alpha, best_scale, best_error = alpha, scale, total
     return best_alpha, best_scale
 
 
@@ -177,6 +174,11 @@ def folded_linears(
             if row_scale is not None:
                 weight = weight / row_scale[:, None]
             yield FoldedLinear(name, weight, moment, row_scale)
+
+
+def _scaled_down(scale: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
+    """Rows of a second moment once inputs are divided by `scale` [in]; `row_scale`: of these rows."""
+    return rows / torch.outer(row_scale, scale)
 
 
 def outgoing_scales(layer: nn.Module, scales: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -62,6 +62,7 @@ class StreamedModel:
         if (folder / GENERATION_CONFIG_NAME).is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(folder)
         self._types = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
+        self._tied = config.tie_word_embeddings
         self._files = tensor_files(folder)
         if record.get("routers") is not None:
             self._files |= dict.fromkeys(header(directory / ROUTERS), directory / ROUTERS)
@@ -112,10 +113,9 @@ class StreamedModel:
     def _load(self, module: str) -> None:
         prefix = f"{module}." if module else ""
         target = self.model.get_submodule(module)
-        own = {name: self.tensor(prefix + name) for name in target.state_dict()}
-        target.load_state_dict(
-            {name: tensor.to(self.device, copy=True) for name, tensor in own.items()}, assign=True
-        )
+        # each copied before the next is read, so that no more is mapped than one tensor
+        own = {name: self.tensor(prefix + name).to(self.device, copy=True) for name in target.state_dict()}
+        target.load_state_dict(own, assign=True)
 
     def _read(self, name: str) -> Tensor:
         """A tensor as the base has it; the file is mapped anew, else what was read would stay in memory."""
@@ -125,8 +125,7 @@ class StreamedModel:
 
     def _place(self, name: str) -> str:
         """The name of a tensor in the files: a tied lm_head is the embedding."""
-        tied = name == f"{HEAD}.weight" and self.model.config.tie_word_embeddings
-        return f"{EMBEDDING}.weight" if tied else name
+        return f"{EMBEDDING}.weight" if self._tied and name == f"{HEAD}.weight" else name
 
     def _check_shapes(self, folder: Path) -> None:
         shapes = {path: header(path) for path in set(self._files.values())}
@@ -135,8 +134,7 @@ class StreamedModel:
             found = shapes.get(self._files.get(place), {}).get(place)
             if found != list(tensor.shape):
                 raise UserError(
-                    f"{place} is missing or misshapen in the weights of {folder}; copy, download or save them "
-                    "anew."
+                    f"{place} is missing or misshapen in {folder}; copy, download or save the model anew."
                 )
 
     def _check_base(self, base: dict[str, str]) -> None:

@@ -1,7 +1,8 @@
 """From a float model to its quantized self: what may be quantized, the search, its application."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,27 @@ from qtale_lib.quantization.rtn import (
     fake_quantize,
     quantize_groups,
 )
-from qtale_lib.quantization.statistics import READERS, Batch, InputStatistics, enter, run_layer
+from qtale_lib.quantization.statistics import (
+    READERS,
+    Batch,
+    InputStatistics,
+    enter,
+    is_routed,
+    run_layer,
+    tokenize,
+)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 CHOICES = {"method": ("awq", "rtn"), "backend": ("native", "autoawq"), "lm_head_bits": (*BITS, 16)}
 LAYER = "model.layers.{}.{}"  # the full name of a module in a decoder layer
 
 
-def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that quantization touches, by full name."""
-    names = [name for readers in READERS.values() for name in readers]
-    layers = enumerate(model.model.layers)
-    return {LAYER.format(i, name): layer.get_submodule(name) for i, layer in layers for name in names}
+def decoder_linears(model: nn.Module, layers: Iterable[int] | None = None) -> dict[str, nn.Linear]:
+    """The linear layers that quantization touches, by full name, of some decoder layers or all."""
+    layers = range(len(model.model.layers)) if layers is None else layers
+    readers = [name for names in READERS.values() for name in names]
+    names = (LAYER.format(i, name) for i in layers for name in readers)
+    return {name: model.get_submodule(name) for name in names}
 
 
 def check_quantizable(model: nn.Module, report: QuantizationReport) -> None:
@@ -54,6 +64,40 @@ def check_quantizable(model: nn.Module, report: QuantizationReport) -> None:
     if report.lm_head_bits != 16:
         linears["lm_head"] = model.lm_head
     check_grid(linears, report.bits, report.group_size)
+
+
+def check_same_model(sha256: str, report: QuantizationReport, search: str | Path) -> None:
+    """UserError unless the report in folder `search` was made from the model of this hash."""
+    if sha256 != report.model_sha256:
+        raise UserError(f"the search in {search} was made from another model; quantize this one anew.")
+
+
+def prepare(
+    model: nn.Module, report: QuantizationReport, tokenizer, texts: Iterable[str] | None, max_length: int
+) -> list[list[int]] | None:
+    """Token rows to calibrate on, as the report then says; None without texts.
+
+    Raises:
+        UserError: as `check_quantizable`; for an AWQ without texts, or texts that are no list of texts.
+    """
+    check_quantizable(model, report)
+    if report.method == "awq" and (tokenizer is None or texts is None):
+        raise UserError("AWQ calibrates on text; pass a tokenizer and a list of texts, or use method='rtn'.")
+    if is_routed(model):
+        report.threshold = model.model.routing.theta
+    if texts is None:
+        return None
+    longest = min(max_length, model.config.max_position_embeddings)
+    rows, record = tokenize(tokenizer, _listed(texts), longest)
+    report.calibration = record.as_dict()
+    return rows
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    listed = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [None]
+    if not all(isinstance(text, str) for text in listed):
+        raise UserError(f"texts ({type(texts).__name__}) must be a list of texts; put a single one into [ ].")
+    return listed
 
 
 def search_model(model: nn.Module, rows: Sequence[Sequence[int]], report: QuantizationReport) -> None:

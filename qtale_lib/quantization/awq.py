@@ -163,9 +163,7 @@ def folded_linears(
         scale = scales.get(producer)
         moment = statistics[producer].moment if statistics else None
         if scale is not None and moment is not None:
-            moment = by_rows(
-                lambda rows, factor, scale=scale: rows / torch.outer(factor, scale), moment, scale
-            )
+            moment = by_rows(partial(_scaled_down, scale), moment, scale)
         for name in readers:
             weight = layer.get_submodule(name).weight.float()
             if scale is not None:

@@ -51,6 +51,15 @@ def pack_linears(model: nn.Module, grids: dict[str, Grid], step_dtype: torch.dty
         del grids[name]
 
 
+def pack_empty(
+    model: nn.Module, name: str, bits: int, group_size: int, step_dtype: torch.dtype = torch.float32
+) -> None:
+    """Replace a linear by a packed one without memory behind it, in the linear's dtype."""
+    old = model.get_submodule(name)
+    sizes = (old.in_features, old.out_features, bits, group_size, old.bias is not None)
+    model.set_submodule(name, PackedLinear(*sizes, old.weight.dtype, step_dtype, "meta"))
+
+
 def is_packed(model: nn.Module) -> bool:
     """Whether any layer of `model` is packed."""
     return any(isinstance(module, PackedLinear) for module in model.modules())

@@ -321,17 +321,18 @@ def child(folder, out, megabytes, how):
         megabytes,
         how,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # else the C library keeps up to 64 MiB of what is freed: little beside a real model, much beside this one
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
 
 
-LIMIT, SLACK = 64, 1.2  # MiB; and of the predicted peak
+LIMIT, SLACK = 48, 1.2  # MiB; measured peak over the predicted one
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells and limits memory")
 def test_a_model_larger_than_the_memory_is_quantized_in_it(tmp_path):
-    config = LlamaConfig(**SHAPE, num_hidden_layers=96)
+    config = LlamaConfig(**SHAPE, num_hidden_layers=64)
     size = write_random_llama(tmp_path / "base", config)
     assert size > 2 * LIMIT * 2**20
     refused = child(tmp_path / "base", tmp_path / "out", LIMIT, "whole")
@@ -342,8 +343,8 @@ def test_a_model_larger_than_the_memory_is_quantized_in_it(tmp_path):
     added = json.loads(done.stdout)["added"]
     print({"file": size, "limit": LIMIT * 2**20, "added": added, **predicted})
     assert added < SLACK * predicted["peak"]
-    with safe_open(tmp_path / "out" / "packed-00095.safetensors", "pt") as file:
-        assert "model.layers.95.mlp.down_proj.codes" in file.keys()  # noqa: SIM118
+    with safe_open(tmp_path / "out" / "packed-00063.safetensors", "pt") as file:
+        assert "model.layers.63.mlp.down_proj.codes" in file.keys()  # noqa: SIM118
     assert load_packed(tmp_path / "out").quantization.as_dict()["bits"] == 4
 
 

@@ -92,11 +92,13 @@ def _write(
     for i in range(len(streamed.layers)):
         part = _of_layer(report, i, fresh=rows is not None)
         if _is_finished(part, parts / str(i), directory / _file(i)):
-            _pass(streamed, i, batches, part)
+            _pass(streamed, i, batches)
         else:
             _quantize_layer(streamed, i, batches, part, directory / _file(i))
             save_search(part, parts / str(i))
     batches.clear()
+    for name in decoder_linears(model):
+        pack_empty(model, name, report.bits, report.group_size)
     model.quantization = _joined(report, parts, len(streamed.layers)) if rows is not None else report
     names = [_file(i) for i in range(len(streamed.layers))]
     finish_folder(model, directory, [*names, _write_rest(streamed, directory, model.quantization)])
@@ -133,13 +135,11 @@ def _is_finished(part: QuantizationReport, folder: Path, path: Path) -> bool:
     return replace(found, linears=[], unchosen_layers=[]).as_dict() == part.as_dict()
 
 
-def _pass(streamed: StreamedModel, i: int, batches: list[Batch], report: QuantizationReport) -> None:
+def _pass(streamed: StreamedModel, i: int, batches: list[Batch]) -> None:
     """Take the rows through a layer that is finished."""
     if batches:
         with streamed.loaded(f"model.layers.{i}"):
             pass_layer(streamed.model, i, batches)
-    for name in decoder_linears(streamed.model, [i]):
-        pack_empty(streamed.model, name, report.bits, report.group_size)
 
 
 def _quantize_layer(
@@ -150,8 +150,11 @@ def _quantize_layer(
         if batches:
             search_in_layer(model, i, batches, report)
         apply_to_layer(model, i, report)
+        floats = decoder_linears(model, [i])
         pack_linears(model, report.grids)
         _save({f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}, path)
+        for name, linear in floats.items():  # what stays of each layer would scatter the free memory
+            model.set_submodule(name, linear)
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -16,10 +16,13 @@ import numpy as np
 import pandas as pd
 
 from qtale_lib import effects, noise, paper
+from qtale_lib.config import CSQA
 from qtale_lib.contrasts import Contrast, stated
 from qtale_lib.effects import Probes
+from qtale_lib.jobs import FIGURE_2_TASKS
 from qtale_lib.measurements import ROUTED_METHODS, Measurements
 from qtale_lib.statistics import (
+    LEVEL,
     NOT_RUN,
     NOT_SHOWN,
     NOT_TESTABLE,
@@ -31,6 +34,7 @@ from qtale_lib.statistics import (
     assumed_effect,
     estimate,
     judge,
+    seeds_needed,
 )
 
 RARELY = 5.0  # percent of tokens (Sec. 3.1)
@@ -265,6 +269,38 @@ def verdicts(store: Measurements, notebook: str | None = None) -> pd.DataFrame:
             for claim, case, judged in zip(members, cases, judge(cases), strict=True)
         }
     return pd.DataFrame([rows[claim.id] for claim in wanted])
+
+
+PLANNED = ("id", "measured", "on", "tasks", "seeds", "questions", "effect", "spread", "sampling", "needed")
+
+
+def planned(store: Measurements) -> pd.DataFrame:
+    """What the primary contrasts of accuracy would take to show an effect of the smallest size of interest.
+
+    One row (PLANNED) per contrast, on Figure 2's tasks and on all commonsense tasks; without a row where it
+    was not run. `spread`: what the effect, mean over these tasks, varies by with one seed of each;
+    `sampling`: its standard error from the questions, the same for all seeds; both in points. `needed`: seeds
+    a task for 80 % power at the 5 % level, not corrected for the number of contrasts; inf where no number
+    would do, NaN where the spread is unknown.
+    """
+    rows = []
+    for claim in CLAIMS:
+        if claim.family != "primary" or claim.group != "csqa":
+            continue
+        runs = claim.runs(store)
+        assumed = assumed_effect(claim.low, claim.high, None, claim.smallest)
+        for on, tasks in (("Figure 2's tasks", FIGURE_2_TASKS), ("all seven", CSQA)):
+            measured = estimate([run for run in runs if run.task in tasks])
+            if measured is None:
+                continue
+            case = Case(measured, claim.low, claim.high, assumed)
+            rows.append({
+                "id": claim.id, "measured": claim.measured, "on": on,
+                **{name: getattr(measured, name) for name in ("tasks", "seeds", "questions", "effect")},
+                "spread": _spread_over_seeds(measured), "sampling": measured.sampling_error,
+                "needed": seeds_needed(case, LEVEL),
+            })  # fmt: skip
+    return pd.DataFrame(rows, columns=list(PLANNED))
 
 
 def _row(claim: Claim, case: Case, judged: Judgement) -> dict[str, object]:

@@ -18,11 +18,11 @@ import pandas as pd
 
 from qtale_lib import jobs
 from qtale_lib.base import base_facts, file_stamp
-from qtale_lib.config import Profile, load_profile
+from qtale_lib.config import Profile, load_profile, without_earlier
 from qtale_lib.data import Example, Loaded, data_hash, read_task, subset
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, expected_seconds
-from qtale_lib.pool import Outcome, Task, run_tasks, worker_slots
+from qtale_lib.pool import Outcome, PutOff, Task, run_tasks, worker_slots
 from qtale_lib.preflight import check
 from qtale_lib.progress import watcher
 from qtale_lib.provenance import ROOT, Stopwatch
@@ -39,10 +39,11 @@ SPLITS_READ = {
     "threshold": ("calibration",),
 }
 READ_ONLY = "QTALE_READ_ONLY"
+PATIENCE = 1.0  # seconds to wait for another process, before other jobs are looked at
 BYTES = {"float32": 4, "bfloat16": 2}
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
-UNUSED = {"full": ONLY_ROUTED, "noisy_full": ONLY_ROUTED, "dllm": ("lambda2",), "qtale": ()}
+UNUSED = {"full": (*ONLY_ROUTED, "gate_noise"), "noisy_full": ONLY_ROUTED, "dllm": ("lambda2",), "qtale": ()}
 
 Spec = dict[str, Any]
 
@@ -103,14 +104,15 @@ class Lab:
             profile.evaluated: [profile.limit.test],
         }
         given = [limit for limit in limits.get(split, ()) if limit is not None]
-        loaded = read_task(task, split, profile.data_dir)
+        loaded = read_task(task, split, profile.data_dir, profile.data)
         return Loaded(subset(loaded.examples, min(given, default=None)), loaded.source)
 
     def settings(self, kind: str, spec: Spec) -> dict[str, Any]:
         """The part of the profile that a result depends on, and nothing else of it."""
         everything = self.profile.model_dump(mode="json")
         if kind == "finetune":
-            return _finetune_settings({name: everything[name] for name in FINETUNING}, spec["method"])
+            kept = without_earlier({name: everything[name] for name in FINETUNING})
+            return _finetune_settings(kept, spec["method"])
         names = list(ENCODING)
         names += QUANTIZING if spec["bits"] < 16 else ()
         names += ["calibration"] if kind == "threshold" else []
@@ -339,9 +341,14 @@ class Lab:
 
 
 def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], None]) -> None:
-    from qtale_lib import stages  # torch is loaded in the workers only
+    """Do a job; PutOff if another process is at it."""
+    lab = Lab(profile, root)
+    with lab.store.job_lock(job.name, PATIENCE) as held:
+        if not held:
+            raise PutOff
+        from qtale_lib import stages  # torch is loaded in the workers only
 
-    stages.perform(Lab(profile, root), job, report)
+        stages.perform(lab, job, report)
 
 
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:

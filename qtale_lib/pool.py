@@ -1,7 +1,8 @@
-"""A pool of processes that outlives its workers: one per core on CPU, one per GPU otherwise.
+"""A pool of processes that outlives its workers: one per core on CPU, one or more per GPU otherwise.
 
-Tasks wait for the tasks they build on; among the ready ones the longest goes first. A task that fails, or
-whose process is killed, is reported and takes only the tasks that build on it along.
+Tasks wait for the tasks they build on; among the ready ones the longest goes first, and those last that
+another process was found at. A task that fails, or whose process is killed, is reported and takes only the
+tasks that build on it along.
 Workers die with their parent.
 """
 
@@ -27,7 +28,9 @@ from qtale_lib.errors import UserError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GRACE_SECONDS = 5.0
+PUT_OFF = "put off"
 WORKER_BYTES = 1.5 * 2**30  # torch, its imports, the activations of a small model
+SMALL_BYTES = 2**28  # a model below leaves a GPU idle most of the time: several workers share it
 COPIES = 3  # of the model's weights in a worker's memory, at most: while it loads, merges or searches
 
 
@@ -46,9 +49,13 @@ class Task:
     rank: int = 0
 
 
+class PutOff(Exception):
+    """Raised by a task's work if another process is at it: it is tried again after all that are ready."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended: "done", "failed" or "skipped" (something it builds on failed).
+    """How a task ended: "done", "failed" or "skipped" (something it builds on failed); "put off" is no end.
 
     refused: it failed by a UserError, whose sentence is `error`.
     """
@@ -78,6 +85,9 @@ class Watcher(Protocol):
     def progressed(self, task: Task, fraction: float) -> None:
         """The task reported the share of it that is done."""
 
+    def put_off(self, task: Task) -> None:
+        """The task was given back, to be tried again later."""
+
     def ended(self, task: Task, outcome: Outcome) -> None:
         """The task is over, one way or another."""
 
@@ -93,6 +103,11 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: W
     workers: list[_Worker | None] = [None] * min(len(slots), len(tasks))
 
     def finish(task: Task, outcome: Outcome) -> None:
+        if outcome.status == PUT_OFF:
+            rank = 1 + max(other.rank for other in (task, *pending.values()))
+            pending[task.name] = replace(task, rank=rank)
+            watcher.put_off(task)
+            return
         outcomes[task.name] = outcome
         watcher.ended(task, outcome)
 
@@ -116,11 +131,17 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: W
 def worker_slots(tasks: int, model_bytes: int = 0) -> list[dict[str, str]]:
     """Environments of the workers: one per GPU, else one per core with one thread, as memory allows.
 
+    A GPU takes as many workers with small models as cores and its memory allow.
     model_bytes: one copy of the model in memory. UserError if not even that fits, before any work is begun.
     """
     gpus = _gpus()
+    if gpus and model_bytes >= SMALL_BYTES:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in list(gpus)[:tasks]]
     if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:tasks]]
+        room = int(min(gpus.values()) // (WORKER_BYTES + COPIES * model_bytes))
+        share = max(1, min(usable_cores() // len(gpus), room))
+        threads = dict.fromkeys(THREAD_VARIABLES, "1")
+        return [{"CUDA_VISIBLE_DEVICES": gpu, **threads} for _ in range(share) for gpu in gpus][:tasks]
     free = psutil.virtual_memory().available
     if model_bytes > free:
         raise UserError(
@@ -140,15 +161,16 @@ def usable_cores() -> int:
     return cores
 
 
-def _gpus() -> list[str]:
-    """Ids of the visible GPUs, asked of torch in another process: this one stays light."""
+def _gpus() -> dict[str, int]:
+    """Ids of the visible GPUs and their free bytes; another process asks torch, so this one stays light."""
     if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd")):
-        return []
-    ask = "import torch; print(torch.cuda.device_count())"
+        return {}
+    ask = "import torch; print(*(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())))"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    free = [int(text) for text in done.stdout.split()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = int(done.stdout.strip() or 0)
-    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+    names = visible.split(",") if visible else map(str, range(len(free)))
+    return dict(zip(names, free, strict=False))
 
 
 def _doomed(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> list[Task]:
@@ -189,7 +211,7 @@ def _listen(worker: _Worker, watcher: Watcher, finish: Callable) -> _Worker | No
                 continue
             worker.task = None
             seconds = time.monotonic() - worker.started
-            finish(task, Outcome(task.name, "failed" if value else "done", seconds, *(value or ())))
+            finish(task, Outcome(task.name, kind, seconds, *value))
             return worker
         if worker.process.is_alive():
             return worker
@@ -230,7 +252,7 @@ def _serve(connection: Connection, slot: dict[str, str]) -> None:
             work, arguments = connection.recv()
         except EOFError:
             return
-        connection.send(("end", _attempt(work, arguments, lambda done: connection.send(("progress", done)))))
+        connection.send(_attempt(work, arguments, lambda done: connection.send(("progress", done))))
 
 
 def _dismiss(workers: list[_Worker]) -> None:
@@ -244,14 +266,19 @@ def _dismiss(workers: list[_Worker]) -> None:
         worker.process.kill()
 
 
-def _attempt(work: Callable[..., Any], arguments: tuple[Any, ...], report: Callable[[float], None]) -> Any:
+def _attempt(
+    work: Callable[..., Any], arguments: tuple[Any, ...], report: Callable[[float], None]
+) -> tuple[str, tuple[Any, ...]]:
+    """An outcome's status, and its error, detail and refused."""
     try:
         work(*arguments, report)
+    except PutOff:
+        return PUT_OFF, ()
     except UserError as error:
-        return str(error), "", True
+        return "failed", (str(error), "", True)
     except Exception as error:
-        return f"{type(error).__name__}: {error}", traceback.format_exc()
-    return None
+        return "failed", (f"{type(error).__name__}: {error}", traceback.format_exc())
+    return "done", ()
 
 
 def _die_with_parent() -> None:

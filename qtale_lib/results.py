@@ -1,4 +1,4 @@
-"""Tables 1 and 2 from the run store, the paper's numbers beside; the setting; the verdicts as a table.
+"""Tables 1 and 2 from the run store, the paper's numbers beside; the setting.
 
 A cell that was not run says so. ± is the sampling error over questions; with two seeds or more the spread
 over seeds (trial error) stands in brackets behind it.
@@ -6,21 +6,17 @@ over seeds (trial error) stands in brackets behind it.
 
 from __future__ import annotations
 
-import re
-from math import inf, nan, sqrt
-from textwrap import shorten
+from math import nan, sqrt
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from qtale_lib import paper
-from qtale_lib.claims import tally
-from qtale_lib.contrasts import stated
 from qtale_lib.effects import contrast_runs, gain_sign, paper_rule
 from qtale_lib.measurements import Measurements, group_of
 from qtale_lib.provenance import device_name, git_commit, versions
-from qtale_lib.statistics import POWER, RULE, estimate
+from qtale_lib.statistics import estimate
 from qtale_lib.sweep import chosen
 from qtale_lib.tables import NOT_RUN, Table, beside, number, with_errors
 
@@ -360,118 +356,3 @@ def _test_rows(store: Measurements) -> list[dict[str, Any]]:
         facts = len({fact for names in value["facts"] for fact in names})
         rows.append({"task": task, "split": store.profile.evaluated, **value["rows"], "facts": facts or None})
     return rows
-
-
-# Notes on the paper's own arithmetic, and verdicts.
-
-
-def arithmetic_table() -> Table:
-    """What the paper's printed columns give when recomputed, where that differs from what it prints."""
-    frame = paper.arithmetic()
-    text = frame.assign(**{name: frame[name].map(number) for name in frame.columns[1:]})
-    return Table("paper_arithmetic", "Recomputed from the printed columns", text, frame, ("where",),
-                 (paper.SOURCE,))  # fmt: skip
-
-
-def verdict_table(frame: pd.DataFrame, name: str = "claims") -> Table:
-    """Verdicts (claims.verdicts) for readers: claim, measured, effect with interval, the paper's, verdict."""
-    intervals = [_interval(row) for row in frame.itertuples()]
-    text = pd.DataFrame({
-        "claim": frame.id, "family": frame.family, "notebook": frame.notebook,
-        "the paper": [f"“{r.quote}” ({r.source})" for r in frame.itertuples()],
-        "measured": frame.measured, "effect [95 %]": intervals,
-        "paper's": [number(value) if pd.notna(value) else "–" for value in frame.paper],
-        "p": [_probability(value) for value in frame.p],
-        "corrected": [_probability(value) for value in frame.corrected],
-        "power": [_percent(value) for value in frame.power],
-        f"seeds for {POWER:.0%}": [_seeds(value) for value in frame.seeds_needed],
-        "over": [_basis(row) for row in frame.itertuples()],
-        "verdict": [f"{row.verdict}: {row.reason}" for row in frame.itertuples()],
-    })  # fmt: skip
-    counts = ", ".join(f"{count} {word}" for word, count in tally(frame).items())
-    return Table(name, f"Claims: {counts}", text, frame, ("id",), (RULE, *_what_scores_are()))
-
-
-def scoreboard(frame: pd.DataFrame) -> Table:
-    """The same verdicts on one page: one short line a claim, the primary family first."""
-    frame = frame.sort_values("family", key=lambda family: family != "primary", kind="stable")
-    frame = frame[list(SCOREBOARD)].reset_index(drop=True)
-    claims = [_in_short(row) for row in frame.itertuples()]
-    said = pd.DataFrame({"family": frame.family, "claim": claims, "measured": frame.measured})
-    text = _said_once(said).assign(**{
-        "tasks": [paper.TASK_LABELS.get(group, "–") for group in frame.group],
-        "effect [95 %]": [_short_interval(row) for row in frame.itertuples()],
-        "verdict": frame.verdict,
-        "power": [_percent(value) for value in frame.power],
-        "notebook": frame.notebook,
-    })  # fmt: skip
-    counts = ", ".join(f"{count} {word}" for word, count in tally(frame).items())
-    notes = (
-        "An empty cell says the same as the one above it. Effects on accuracy are in points, on PPL in "
-        "percent; a gain is positive.",
-        "In full, with p, the paper's effects and the rule behind the verdicts: table claims.",
-    )
-    return Table("scoreboard", f"Which claims hold: {counts}", text, frame, ("id",), notes)
-
-
-SCOREBOARD = ("id", "family", "quote", "source", "measured", "group",
-              "effect", "low", "high", "unit", "verdict", "power", "notebook")  # fmt: skip
-
-
-def _said_once(said: pd.DataFrame) -> pd.DataFrame:
-    """Cells that say the same as those above, like all cells to their left, left empty."""
-    repeated = (said == said.shift()).cummin(axis=1)
-    return said.mask(repeated, "")
-
-
-def _in_short(row: Any) -> str:
-    """The first words of a claim, and the first place where it stands."""
-    words = shorten(row.quote, 44, placeholder=" …", break_on_hyphens=False).replace("… …", "…")
-    return f"“{words}”, {re.split('[,;]', row.source)[0]}"
-
-
-def _short_interval(row: Any) -> str:
-    if pd.isna(row.effect):
-        return "–"
-    ends = "–" if pd.isna(row.low) else f"{number(row.low)}, {number(row.high)}"
-    unit = re.split(" of | [(]", row.unit.removeprefix("accuracy "))[0]
-    return f"{number(row.effect)} [{ends}] {unit}"
-
-
-def _percent(value: float) -> str:
-    return "–" if pd.isna(value) else f"{value:.0%}"
-
-
-def _what_scores_are() -> tuple[str, ...]:
-    metrics = stated().metrics.items()
-    said = [f"{paper.TASK_LABELS[group]}: {metric.metric}" for group, metric in metrics]
-    families = f"Families: {', '.join(stated().families)} (contrasts.yaml), figures, noise."
-    return f"Effects on answers: {'; '.join(said)}.", families
-
-
-def _probability(value: float) -> str:
-    return "–" if pd.isna(value) else "< 0.001" if value < 0.001 else number(value, 3)
-
-
-def _seeds(value: float) -> str:
-    """A number of seeds; where no number would do, more questions are what is missing."""
-    return "–" if pd.isna(value) else "more questions" if value == inf else f"{value:.0f}"
-
-
-def _interval(row: Any) -> str:
-    if pd.isna(row.effect):
-        return "–" if row.made else NOT_RUN
-    if pd.isna(row.low):
-        return f"{number(row.effect)} {row.unit}, no interval"
-    return f"{number(row.effect)} [{number(row.low)}, {number(row.high)}] {row.unit}"
-
-
-def _basis(row: Any) -> str:
-    if pd.isna(row.tasks):
-        return f"0 of {row.made} runs" if row.made else "–"
-    if row.id.startswith("F4"):
-        return f"{row.seeds:.0f} batches of draws"
-    questions = f", {row.questions:.0f} questions" if row.questions else ""
-    along = f", {row.runs:.0f} of {row.made} runs, at R {number(row.ratio_low)}–{number(row.ratio_high)}"
-    compared = "" if pd.isna(row.ratio_low) else along
-    return f"{row.tasks:.0f} task(s), {row.seeds:.0f} seed(s){questions}{compared}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from qtale_lib.config import LABELS
+from qtale_lib.config import EARLIER, LABELS
 from qtale_lib.provenance import ROOT
 from qtale_lib.store import read_json
 
@@ -156,13 +156,14 @@ def _four_digits(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Family:
-    """The committed run of several seeds: its name, their number, whether those here are among them, the
-    numbers of a table; settings that differ though they should not.
+    """The committed run of several seeds: its name, their number, how many there are here and how many of
+    these are among them, the numbers of a table; settings that differ though they should not.
     """
 
     name: str
     seeds: int
-    shared: bool
+    here: int
+    shared: int
     frame: pd.DataFrame
     other: list[str]
 
@@ -178,8 +179,8 @@ def _family(table: Table, lab: Lab, root: Path) -> _Family | None:
     if profile["extends"] != lab.profile.name or len(profile["seeds"]) < 2:
         return None
     other = [key for key in _other_settings(lab, provenance) if key not in FULLER]
-    shared = set(lab.profile.seeds) <= set(profile["seeds"])
-    return _Family(name, len(profile["seeds"]), shared, pd.read_csv(path), other)
+    here, there = set(lab.profile.seeds), set(profile["seeds"])
+    return _Family(name, len(there), len(here), len(here & there), pd.read_csv(path), other)
 
 
 def _among_seeds(
@@ -192,9 +193,9 @@ def _among_seeds(
         (columns, ""), ({spread_of(name): name for name in columns}, " spread")))  # fmt: skip
     base = frame if len(frame) else _long(here, keys, columns, "here").dropna(subset="here")
     base = base.merge(means, "left", on=index).merge(spreads, "left", on=index)
-    # seeds that are among the family's move its mean with them
-    sign, way = (-1, "−") if family.shared else (1, "+")
-    variance = base[f"{family.name} spread"] ** 2 * (1 + sign / family.seeds)
+    # of the difference of two means over seeds, some of which are in both
+    share = 1 / family.here + 1 / family.seeds - 2 * family.shared / (family.here * family.seeds)
+    variance = base[f"{family.name} spread"] ** 2 * share
     errors = {error_of(name): name for name in columns if error_of(name) in here}
     if errors:
         base = base.merge(_long(here, keys, errors, "error"), "left", on=index)
@@ -202,9 +203,9 @@ def _among_seeds(
     z = (base.here - base[family.name]) / np.sqrt(variance.where(variance > 0))
     note = (
         f"{family.name}: mean over its {family.seeds} seeds, and their standard deviation (spread). z: here "
-        f"− mean, over √(spread² (1 {way} 1/seeds) + sampling error²), the sampling error being that of the "
-        f"score or effect here{', whose seed is one of them' * family.shared}: between −2 and 2 is what one "
-        "seed of several would give."
+        f"− mean, over √({share:.3g} spread² + sampling error²), the sampling error being that of the score "
+        f"or effect here; {share:.3g} is 1/{family.here} + 1/{family.seeds}, less what the seeds "
+        f"in both ({family.shared}) have in common. Between −2 and 2 is what seeds drawn alike would give."
     )
     if family.other:
         return base.assign(z=np.nan), f"{note} It differs in {', '.join(family.other)}: z does not apply."
@@ -235,9 +236,10 @@ def _reference_note(lab: Lab, provenance: Any) -> str:
 def _other_settings(lab: Lab, provenance: dict[str, Any]) -> list[str]:
     """Dotted keys of the profile with other values in the reference; "base" for other weights alone."""
     here, there = _dotted(lab.profile.model_dump(mode="json")), _dotted(provenance["profile"])
+    there = {**EARLIER, **there}
     other = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     same_base = lab.base()["sha256"] == provenance["base"]["sha256"]
-    names = [key for key in other if key not in (*LABELS, "base", "revision")]
+    names = [key for key in other if key.split(".")[0] not in (*LABELS, "base", "revision")]
     return names if same_base else ["base", *names]
 
 

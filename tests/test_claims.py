@@ -12,8 +12,8 @@ import yaml
 from fake_lab import RULES, FakeLab
 from pydantic import ValidationError
 
-from qtale_lib import contrasts, effects, results
-from qtale_lib.claims import CLAIMS, NOISE_CLAIMS, tally, verdicts
+from qtale_lib import claim_tables, contrasts, effects
+from qtale_lib.claims import CLAIMS, NOISE_CLAIMS, planned, tally, verdicts
 from qtale_lib.config import METHODS
 from qtale_lib.measurements import Measurements
 from qtale_lib.statistics import NOT_RUN, NOT_SHOWN, NOT_TESTABLE, SHOWN, Run
@@ -179,7 +179,7 @@ def test_where_no_ratio_is_in_common_the_claim_is_not_testable(monkeypatch):
     frame = verdicts(store, "07").set_index("id", drop=False)
     row = frame.loc[AT_EQUAL_R]
     assert row.verdict == NOT_TESTABLE and "in common" in row.reason and row.power == 0
-    shown = results.verdict_table(frame).text.set_index("claim").loc[AT_EQUAL_R]
+    shown = claim_tables.verdict_table(frame).text.set_index("claim").loc[AT_EQUAL_R]
     assert shown["over"] == "0 of 4 runs" and shown["effect [95 %]"] == "–"
 
 
@@ -197,7 +197,7 @@ def test_a_task_with_one_comparable_seed_of_several_is_left_out_whole():
     assert row.effect == pytest.approx(np.mean([run.effect for run in used])) and row.trial == "seeds"
     low, high = min(run.ratios[0] for run in used), max(run.ratios[1] for run in used)
     over = f"1 task(s), 2 seed(s), 300 questions, 2 of 6 runs, at R {low:.2f}–{high:.2f}"
-    assert results.verdict_table(frame).text.set_index("claim").loc[AT_EQUAL_R, "over"] == over
+    assert claim_tables.verdict_table(frame).text.set_index("claim").loc[AT_EQUAL_R, "over"] == over
 
 
 def test_controls_of_the_noise_are_for_profiles_that_run_it():
@@ -207,6 +207,20 @@ def test_controls_of_the_noise_are_for_profiles_that_run_it():
     words = judged(seeds=[0, 1, 2], accuracy=accuracy, methods=methods)
     assert words["C noise regularises, CSQA"] == SHOWN
     assert words["C noise hardens, 3 bits, CSQA"] != SHOWN
+
+
+def test_seeds_for_a_point_are_fewer_over_more_tasks_and_give_that_power():
+    lab = FakeLab(seeds=[0, 1, 2, 3], questions=900, theta_sweep=[0.3, 0.1])
+    frame = planned(Measurements(lab)).set_index(["id", "on"])
+    assert set(frame.index.get_level_values(0)) == {
+        claim.id for claim in CLAIMS if claim.family == "primary" and claim.group == "csqa"
+    }
+    for contrast in frame.index.unique(0):
+        four, seven = frame.loc[contrast, "Figure 2's tasks"], frame.loc[contrast, "all seven"]
+        assert (four.tasks, seven.tasks) == (4, 7) and four.questions == 4 * 900
+        assert four.needed >= seven.needed and four.spread > 0 and four.sampling > seven.sampling
+    one = planned(Measurements(FakeLab(tasks=["arc_easy", "siqa"]))).set_index(["id", "on"])
+    assert one.spread.isna().all() and one.needed.isna().all()  # one seed of too few tasks
 
 
 def test_a_notebooks_verdicts_are_those_of_the_whole_scoreboard():

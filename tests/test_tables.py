@@ -16,12 +16,14 @@ from scipy import stats
 
 from qtale_lib import (
     ablation_tables,
+    claim_tables,
     claims,
     effects,
     efficiency,
     efficiency_tables,
     layer_tables,
     paper,
+    paper_arithmetic,
     results,
     tables,
 )
@@ -43,20 +45,22 @@ BUILDERS = {
     "ablation": ablation_tables.ablation_table,
     "sweep": ablation_tables.sweep_table,
     "ablation beside": ablation_tables.ablation_beside_paper,
-    "arithmetic": lambda store: results.arithmetic_table(),
+    "tally": lambda store: paper_arithmetic.tally_table(),
+    "differences": lambda store: paper_arithmetic.difference_table(),
+    "checks": lambda store: paper_arithmetic.check_table(),
     "efficiency": efficiency_tables.efficiency_table,
     "efficiency beside": efficiency_tables.efficiency_beside_paper,
     "loss ratio": efficiency_tables.loss_ratio_table,
     "files": efficiency_tables.file_table,
-    "reconciled": lambda store: efficiency_tables.reconciliation_table(),
-    "relative": lambda store: efficiency_tables.relative_table(),
+    "ways": lambda store: paper_arithmetic.ways_table(),
     "noise": lambda store: layer_tables.noise_table(),
     "lowest": layer_tables.lowest_table,
     "unevenness": layer_tables.unevenness_table,
     "gaps": layer_tables.gaps_table,
     "flips": layer_tables.flips_table,
-    "claims": lambda store: results.verdict_table(claims.verdicts(store, "07")),
-    "scoreboard": lambda store: results.scoreboard(claims.verdicts(store)),
+    "claims": lambda store: claim_tables.verdict_table(claims.verdicts(store, "07")),
+    "seeds": lambda store: claim_tables.seeds_table(claims.planned(store)),
+    "scoreboard": lambda store: claim_tables.scoreboard(claims.verdicts(store)),
 }
 
 
@@ -361,11 +365,22 @@ def test_a_number_is_placed_among_the_seeds_of_the_full_run(full, tmp_path):
     assert held.z["mmlu", "value"] == pytest.approx(1 / 0.5)  # no spread over seeds: sampling error alone
     assert held.z["piqa", "R"] == pytest.approx(-0.03 / (0.02 * np.sqrt(3 / 4)))  # no sampling error known
     assert "4 seeds" in beside.notes[1] and "No reference run of profile tiny " in beside.notes[0]
-    assert "(1 − 1/seeds)" in beside.notes[1]
+    assert "in both (1) have" in beside.notes[1] and "0.75 spread²" in beside.notes[1]
     other = tables.beside_reference(full(seeds=[5, 6, 7, 8]), reader(), tmp_path)
     held = other.frame.set_index(["task", "column"])
     assert held.z["piqa", "value"] == pytest.approx(3 / np.sqrt(2.0**2 * 5 / 4 + 1.0**2))
-    assert "(1 + 1/seeds)" in other.notes[1]
+    assert "1.25 spread²" in other.notes[1]
+
+
+@pytest.mark.parametrize("family", [[0, 1, 2, 3], [1, 2, 5], [7, 8]])
+def test_the_spread_of_a_difference_of_means_over_seeds_is_that_of_drawn_seeds(full, tmp_path, family):
+    here = full(seeds=family)
+    tables_of_two = tables.beside_reference(here, reader(seeds=[0, 1]), tmp_path)
+    ours = tables_of_two.frame.set_index(["task", "column"]).loc["piqa", "R"]
+    share = (ours.here - ours["tiny-full"]) ** 2 / ours.z**2 / 0.02**2
+    draws = np.random.default_rng(0).normal(size=(100_000, 9))
+    apart = draws[:, [0, 1]].mean(1) - draws[:, family].mean(1)
+    assert share == pytest.approx(apart.var(), rel=0.02)
 
 
 def test_an_effect_is_placed_with_the_sampling_error_of_its_questions(tmp_path):
@@ -422,7 +437,7 @@ def test_every_table_with_a_reference_has_spreads_over_seeds():
         "figure_2": (layer_tables.lowest_table(store), ["ratio", "of_tokens_routed", "mean_ratio"]),
         "figures_5_6": (layer_tables.gaps_table(store), ["gap", "abs_gap"]),
         "figures_3_7": (layer_tables.flips_table(store), ["ratio", "flip"]),
-        "claims": (results.verdict_table(claims.verdicts(store)), ["effect"]),
+        "claims": (claim_tables.verdict_table(claims.verdicts(store)), ["effect"]),
     }
     for name, (table, columns) in made.items():
         for column in columns:
@@ -466,7 +481,7 @@ def test_a_table_of_quantities_is_compared_with_the_committed_reference():
 
 def test_the_scoreboard_holds_every_claim_in_a_short_line_with_the_primary_ones_first():
     verdicts = claims.verdicts(STORE)
-    table = results.scoreboard(verdicts)
+    table = claim_tables.scoreboard(verdicts)
     held, frame = table.frame.set_index("id"), verdicts.set_index("id")
     assert set(held.index) == set(frame.index)
     for column in ("effect", "low", "high", "power", "verdict"):

@@ -1,0 +1,57 @@
+"""The README says what is there: its numbers are the committed ones, and commands, notebooks, files exist."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+import pytest
+import typer
+
+from qtale_lib.cli import app
+from qtale_lib.provenance import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROFILE = re.search(r"^## What a run of `(.+)` shows$", README, re.M)[1]
+METHODS = {"D-LLM": "no", "QTALE": "yes"}  # entropy loss?
+GROUPS = {"CSQA": ("csqa", "avg"), "MMLU": ("mmlu", "mmlu"), "Alpaca": ("alpaca", "alpaca_ppl")}
+
+
+def table(name: str, *keys: str) -> pd.Series:
+    folder = ROOT / "results" / "reference" / PROFILE / "tables"
+    return pd.read_csv(folder / f"{name}.csv", dtype={"theta": str}).set_index(list(keys)).value
+
+
+def test_its_results_are_those_of_the_committed_tables():
+    accuracy = table("table_1_2_accuracy", "bits", "method", "task")
+    ablation = table("table_4_ablation", "bits", "entropy_loss", "theta", "group")
+    head, _, *rows = re.search(r"\| \| CSQA, .*?\n\n", README, re.S)[0].strip().splitlines()
+    columns = re.findall(r"(CSQA|MMLU|Alpaca)[^|]*, (\d+) → (\d+) bits", head)
+    assert len(columns) == 3 and len(rows) >= 3
+    for row in rows:
+        label, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        method, _, theta = label.partition(", θ ")
+        for (name, *widths), cell in zip(columns, cells, strict=True):
+            group, task = GROUPS[name]
+            for bits, said in zip(map(int, widths), cell.split(" → "), strict=True):
+                if method == "Full":
+                    value = accuracy[bits, "full", task]
+                else:
+                    value = ablation[bits, METHODS[method], "adjust" if theta == "searched" else theta, group]
+                assert said == f"{value:.{len(said.partition('.')[2])}f}", (label, name, bits)
+
+
+def test_every_command_that_it_names_is_one():
+    commands = set(typer.main.get_command(app).commands)
+    named = set(re.findall(r"python -m qtale_lib (\w[\w-]*)", README))
+    assert named and named <= commands
+
+
+def test_it_lists_every_notebook_once_and_no_other():
+    named = re.findall(r"^\| `(\d\d_\w+)`", README, re.M)
+    assert named == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("place", sorted(set(re.findall(r"\]\(([\w./-]+)\)|src=\"([^\"]+)\"", README))))
+def test_every_file_that_it_points_at_is_there(place):
+    assert (ROOT / next(filter(None, place))).is_file()

@@ -148,6 +148,7 @@ def streamed_model(lab: Lab, run: Run, bits: int, tokenizer: PreTrainedTokenizer
 
 def write_packed(lab: Lab, run: Run, bits: int, directory: Path) -> None:
     """Write a run that is quantized for `load_packed`, at its own θ: the searched one, if there is one."""
+    be_quiet()
     model = StreamedModel(weights_of(lab, run), device())
     rule = "searched" if run.routed else rules(lab.profile, run.method)[0]
     set_threshold_if_routed(model.model, lab.theta(run_spec(run, bits=bits, theta=rule)))

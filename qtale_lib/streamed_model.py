@@ -57,7 +57,8 @@ class StreamedModel:
         config = AutoConfig.from_pretrained(folder)
         dtype = getattr(torch, record["base"]["dtype"]) if record["adapter"] else config.dtype
         self.device = torch.device(device)
-        self.model = empty_model(config, dtype, record.get("routers"), record.get("threshold")).to("meta")
+        self.model = empty_model(config, dtype, record.get("routers"), record.get("threshold"))
+        self.model.requires_grad_(False)
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config).to(device)  # in no file
         if (folder / GENERATION_CONFIG_NAME).is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -11,8 +11,9 @@ as it is read, by peft. Of a model that is larger than the memory, a layer at a 
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ class StreamedModel:
         finally:
             for name in modules:
                 self.model.get_submodule(name).to("meta")
+            _trim()
 
     def whole(self) -> PreTrainedModel:
         """All of it, loaded for good."""
@@ -154,6 +156,12 @@ def empty_model(
             add_routers(model, RouterConfig(**routers))
             set_threshold(model, threshold)
     return model.eval()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system; glibc would keep what lies between pieces in use."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _weightless(model: PreTrainedModel) -> PreTrainedModel:

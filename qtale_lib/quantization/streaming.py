@@ -217,7 +217,8 @@ def peak_bytes(
         "search": 4 * (2 * max(weight.numel() for weight in linears) + 6 * CHUNK),
     }
     at_work = sum(parts.values()) - parts["embeddings"]
-    entering = parts["embeddings"] + tokens * config.hidden_size * size
+    copied = max(tensor.numel() * tensor.element_size() for tensor in rest)  # one at a time, from its file
+    entering = parts["embeddings"] + copied + tokens * config.hidden_size * size
     return {"peak": max(at_work, entering), **parts}
 
 

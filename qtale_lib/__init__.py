@@ -23,6 +23,8 @@ _HOME = {
     "pack": "qtale_lib.quantization.packed",
     "save_packed": "qtale_lib.quantization.packed_files",
     "load_packed": "qtale_lib.quantization.packed_files",
+    "StreamedModel": "qtale_lib.streamed_model",
+    "quantize_streamed": "qtale_lib.quantization.streaming",
     "export_awq": "qtale_lib.quantization.awq_export",
     "search_threshold": "qtale_lib.calibration",
     "load_profile": "qtale_lib.config",

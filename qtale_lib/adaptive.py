@@ -6,11 +6,12 @@ QTALE Sec. 3.1 and 3.4, after D-LLM. The base model keeps its parameter names an
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -265,10 +266,7 @@ def load_routed(directory: str | Path) -> nn.Module:
         UserError: if the folder holds no such model, tensors are missing or left over, or the base differs.
     """
     directory = Path(directory)
-    try:
-        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{directory} holds no {RECORD}: point at a folder written by save_routed.") from None
+    record = read_record(directory)
     model = _load_base(record["base"]) if record["adapter"] else _load_whole(directory)
     if record["routers"] is not None:
         add_routers(model, RouterConfig(**record["routers"]))
@@ -276,11 +274,25 @@ def load_routed(directory: str | Path) -> nn.Module:
         routers = _read_strictly(directory / ROUTERS, _router_tensors(model))
         model.load_state_dict(routers, strict=False)  # strict already: the names were compared
     if record["adapter"]:
-        config = PeftConfig.from_pretrained(directory)
-        config.base_model_name_or_path = model.name_or_path  # the base may lie elsewhere today
-        model = get_peft_model(model, config)
-        set_peft_model_state_dict(model, _read_strictly(directory / ADAPTER, _lora_tensors(model)))
+        model = add_adapter(model, directory)
     return model.eval()
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """What `save_routed` wrote beside the tensors; UserError if there is none."""
+    try:
+        return json.loads((directory / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory} holds no {RECORD}: point at a folder written by save_routed.") from None
+
+
+def add_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
+    """The model inside peft, with the LoRA saved in a folder."""
+    config = PeftConfig.from_pretrained(directory)
+    config.base_model_name_or_path = model.name_or_path  # the base may lie elsewhere today
+    wrapped = get_peft_model(model, config)
+    set_peft_model_state_dict(wrapped, _read_strictly(directory / ADAPTER, _lora_tensors(wrapped)))
+    return wrapped
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -288,12 +300,18 @@ def weights_digest(model: nn.Module) -> str:
 
     Of a sharded model, every process has to ask: the parts of a parameter are put together.
     """
+    named = ((_base_name(name), parameter) for name, parameter in model.named_parameters())
+    own = [(name, tensor) for name, tensor in named if "lora_" not in name and ".router." not in name]
+    return base_digest(sorted(own))
+
+
+def base_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """The same of parameters by the base's names, of which each may be read when its turn comes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted((_base_name(name), p) for name, p in model.named_parameters()):
-        if "lora_" not in name and ".router." not in name:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for name, tensor in parameters:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

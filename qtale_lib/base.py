@@ -118,7 +118,14 @@ def tensor_shapes(directory: Path) -> dict[str, list[int]]:
     if missing or not files:
         name = missing[0] if missing else "model.safetensors"
         raise UserError(f"{directory} holds no {name}; copy, download or save the model anew.")
-    return {name: shape for path in files for name, shape in _header(path).items()}
+    return {name: shape for path in files for name, shape in header(path).items()}
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """The file of every tensor that transformers would load from the folder; UserError as above."""
+    tensor_shapes(directory)
+    parts = _parts(directory) or {"model.safetensors"}
+    return {name: directory / part for part in sorted(parts) for name in header(directory / part)}
 
 
 def _parts(directory: Path) -> set[str]:
@@ -140,7 +147,7 @@ def _parameter_counts(shapes: dict[str, list[int]]) -> dict[str, int]:
     return {**counts, "total": sum(counts.values())}
 
 
-def _header(path: Path) -> dict[str, list[int]]:
+def header(path: Path) -> dict[str, list[int]]:
     """Shape of every tensor in a safetensors file; UserError if it is damaged or its length is another."""
     try:
         shapes, length = _shapes_and_length(path)

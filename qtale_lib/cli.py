@@ -220,11 +220,14 @@ def quantize(
     bits: BitWidth = 4,
     profile: ProfileName = "tiny",
     seed: SeedNumber = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the packed model, for load_packed.")] = None,
 ) -> None:
     """Merge and quantize one run and show the search's errors."""
     lab, chosen = _one(profile, task, method, seed)
     if bits >= 16:
         raise UserError("A 16-bit model is not quantized; choose --bits 8, 4, 3 or 2.")
+    if out is not None:
+        _check_writable(out / "packed.json")
     _ensure(lab, [Job(chosen), Job(chosen, bits)])
     report = lab.result("quantization", **run_spec(chosen, bits=bits))["value"]
     errors = [row["error"] / row["power"] for row in report["linears"] if row.get("power")]
@@ -237,6 +240,11 @@ def quantize(
         },
     )
     typer.echo(f"search: {_short(lab.files('quantization', run_spec(chosen, bits=bits)))}")
+    if out is not None:
+        from qtale_lib.stages import write_packed  # loads torch
+
+        write_packed(lab, chosen, bits, out)
+        typer.echo(f"packed model: {_short(out.resolve())}")
 
 
 @app.command()

@@ -306,12 +306,13 @@ class Lab:
         missing = [job for job in wanted if not self.is_done(job)]
         if not missing:
             return []
-        slots = worker_slots(len(missing), self._model_bytes(), self.profile.compute.processes)
+        slots = worker_slots(len(missing), self.model_bytes(), self.profile.compute.processes)
         tasks = [self._task(job) for job in missing]
         with watcher(tasks, len(slots)) as watching:
             return run_tasks(tasks, slots, watching)
 
-    def _model_bytes(self) -> int:
+    def model_bytes(self) -> int:
+        """Bytes of the base's parameters in the profile's dtype."""
         return self.base()["parameters"]["total"] * BYTES[self.profile.dtype]
 
     def _task(self, job: Job) -> Task:

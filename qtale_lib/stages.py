@@ -8,18 +8,18 @@ A job that was interrupted goes on with its next missing result.
 from __future__ import annotations
 
 import functools
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from qtale_lib import distributed
-from qtale_lib.adaptive import load_routed, set_threshold
+from qtale_lib.adaptive import set_threshold
 from qtale_lib.base import base_directory, device, load_tokenizer
 from qtale_lib.calibration import search_threshold
 from qtale_lib.data import subset
@@ -29,11 +29,16 @@ from qtale_lib.evaluation import evaluate_choices, perplexity, rows_that_fit
 from qtale_lib.jobs import Job, Run, rules
 from qtale_lib.lab import Lab, Spec, run_spec
 from qtale_lib.quantization import apply_search, quantize, save_search
+from qtale_lib.quantization.packed_files import RECORD, load_packed
+from qtale_lib.quantization.streaming import apply_search_streamed, quantize_streamed
 from qtale_lib.store import file_digest
+from qtale_lib.streamed_model import StreamedModel
 from qtale_lib.trainer import is_router
 from qtale_lib.training import finetune
 
 Report = Callable[[float], None]
+PACKED = "packed"  # folder of a quantized model, beside its search while it is being made
+STREAMED_FROM = 8 * 2**30  # bytes of the base's weights in the profile's dtype
 
 
 def perform(lab: Lab, job: Job, report: Report) -> None:
@@ -82,18 +87,29 @@ def evaluate_run(lab: Lab, run: Run, bits: int, report: Report) -> None:
 
 
 def prepared_model(lab: Lab, run: Run, bits: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The run's model, merged and in 16 bit, or quantized further; on this process's device, in eval mode."""
+    """The run's model, merged and in 16 bit, or quantized further; on this process's device, in eval mode.
+
+    Quantized, a small one is floats on the grid. A large one (`STREAMED_FROM`, on every machine) goes from
+    files to files, layer by layer, and is then packed: at no time is it in memory as floats.
+    """
     tokenizer = load_tokenizer(base_directory(lab.profile))
+    if bits < 16 and lab.model_bytes() >= STREAMED_FROM:
+        return streamed_model(lab, run, bits, tokenizer), tokenizer
+    model = merged_model(weights_of(lab, run)).to(device())
+    if bits < 16:
+        quantized(lab, run_spec(run, bits=bits), model, tokenizer)
+    return model.eval(), tokenizer
+
+
+def weights_of(lab: Lab, run: Run) -> Path:
+    """The folder of a fine-tuned run; UserError if its result came without."""
     weights = lab.files("finetune", run_spec(run))
     if not weights.is_dir():
         raise UserError(
             f"The weights of {run.name} are not here, as its results were restored from an archive; "
             f"delete {weights}.json and run again, which fine-tunes it anew."
         )
-    model = merged_model(weights).to(device())
-    if bits < 16:
-        quantized(lab, run_spec(run, bits=bits), model, tokenizer)
-    return model.eval(), tokenizer
+    return weights
 
 
 def merged_model(directory: Path) -> PreTrainedModel:
@@ -101,32 +117,56 @@ def merged_model(directory: Path) -> PreTrainedModel:
 
     On a CPU the rounded values are computed with in float32.
     """
-    model = load_routed(directory).merge_and_unload()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not is_router(name):
-                parameter.copy_(parameter.to(torch.bfloat16))
+    return StreamedModel(directory).whole()
+
+
+def streamed_model(lab: Lab, run: Run, bits: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The run's model, quantized from files to files: by the search in the store, else by a new one."""
+    spec = run_spec(run, bits=bits)
+
+    def compute(directory: Path) -> dict[str, Any]:
+        texts, settings = calibration_texts(lab, run.task), quantizer_settings(lab, bits)
+        if settings.pop("backend") != "native":
+            raise UserError(
+                f"quantization.backend of profile {lab.profile.name} must be native: a base of "
+                f"{lab.model_bytes() / 2**30:.1f} GiB is quantized layer by layer, which autoawq cannot."
+            )
+        report = quantize_streamed(streamed(), directory / PACKED, tokenizer, texts, **settings)
+        save_search(report, directory)
+        return report.as_dict()
+
+    def streamed() -> StreamedModel:
+        model = StreamedModel(weights_of(lab, run), device())
+        set_threshold_if_routed(model.model, calibration_theta(run.method))
+        return model
+
+    lab.once("quantization", spec, compute)
+    search = lab.files("quantization", spec)
+    if not (search / PACKED / RECORD).is_file():
+        apply_search_streamed(streamed(), search, search / PACKED, tokenizer)
+    model = load_packed(search / PACKED, device())
+    shutil.rmtree(search / PACKED)  # the search gives it again in minutes
     return model
+
+
+def write_packed(lab: Lab, run: Run, bits: int, directory: Path) -> None:
+    """Write a run that is quantized for `load_packed`, at its own θ: the searched one, if there is one."""
+    be_quiet()
+    model = StreamedModel(weights_of(lab, run), device())
+    rule = "searched" if run.routed else rules(lab.profile, run.method)[0]
+    set_threshold_if_routed(model.model, lab.theta(run_spec(run, bits=bits, theta=rule)))
+    tokenizer = load_tokenizer(base_directory(lab.profile))
+    apply_search_streamed(model, lab.files("quantization", run_spec(run, bits=bits)), directory, tokenizer)
 
 
 def quantized(lab: Lab, spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Quantize the model in place: by the search in the store, else by a new one that is kept."""
-    set_threshold_if_routed(model, 0.0 if spec["method"] == "noisy_full" else 0.5)
+    set_threshold_if_routed(model, calibration_theta(spec["method"]))
     fresh = []
 
     def compute(directory: Path) -> dict[str, Any]:
-        settings = lab.profile.quantization
-        quantize(
-            model,
-            tokenizer,
-            calibration_texts(lab, spec["task"]),
-            method=settings.method,
-            bits=spec["bits"],
-            group_size=lab.profile.group_size,
-            backend=settings.backend,
-            lm_head_bits=settings.lm_head_bits,
-            max_length=lab.profile.max_length,
-        )
+        texts = calibration_texts(lab, spec["task"])
+        quantize(model, tokenizer, texts, **quantizer_settings(lab, spec["bits"]))
         save_search(model.quantization, directory)
         fresh.append(True)
         return model.quantization.as_dict()
@@ -134,6 +174,24 @@ def quantized(lab: Lab, spec: Spec, model: PreTrainedModel, tokenizer: PreTraine
     lab.once("quantization", spec, compute)
     if not fresh:
         apply_search(model, lab.files("quantization", spec))
+
+
+def calibration_theta(method: str) -> float:
+    """θ while the quantizer sees its texts."""
+    return 0.0 if method == "noisy_full" else 0.5
+
+
+def quantizer_settings(lab: Lab, bits: int) -> dict[str, Any]:
+    """Arguments of `quantize` by the profile."""
+    settings = lab.profile.quantization
+    return {
+        "method": settings.method,
+        "bits": bits,
+        "group_size": lab.profile.group_size,
+        "backend": settings.backend,
+        "lm_head_bits": settings.lm_head_bits,
+        "max_length": lab.profile.max_length,
+    }
 
 
 def calibration_texts(lab: Lab, task: str) -> list[str]:

@@ -42,6 +42,10 @@ def qtale(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         (["train", "chess", "full"], "chess"),
         (["calibrate", "arc_easy", "full"], "A full model has no routers"),
         (["quantize", "arc_easy", "full", "--bits", "16"], "A 16-bit model is not quantized"),
+        (
+            ["quantize", "arc_easy", "full", "--out", "README.md/x"],
+            "--out (= README.md/x/packed.json) cannot",
+        ),
         (["publish", "smoke"], "Profile smoke is not finished"),
     ],
 )

@@ -20,6 +20,8 @@ PARAMETERS = {
     "pack": ["model"],
     "save_packed": ["model", "directory", "tokenizer"],
     "load_packed": ["directory", "device"],
+    "StreamedModel": ["directory", "device"],
+    "quantize_streamed": ["streamed", "directory", "tokenizer", "texts", "method", "bits", "group_size"],
     "export_awq": ["model", "directory", "tokenizer"],
     "search_threshold": ["objective"],
     "load_profile": ["name_or_path"],

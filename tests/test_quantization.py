@@ -28,7 +28,7 @@ from qtale_lib.errors import UserError
 from qtale_lib.quantization import apply_search, fake_quantize, quantize, save_search
 from qtale_lib.quantization.apply import decoder_linears, fold_into_producers
 from qtale_lib.quantization.awq import folded_linears, search_clip, search_scale
-from qtale_lib.quantization.statistics import READERS, InputStatistics, gather, tokenize
+from qtale_lib.quantization.statistics import READERS, InputStatistics, enter, run_layer, tokenize
 
 TOKENIZER = word_tokenizer()
 needs_autoawq = pytest.mark.skipif(find_spec("awq") is None, reason="autoawq is not installed")
@@ -387,12 +387,15 @@ def test_statistics_are_those_of_executed_tokens_alone():
             expected[int(i)][name] += [x[t] for t in range(len(row)) if routes.executed[int(i), 0, t]]
         ran, every = ran + routes.executed[2:].sum().item(), every + routes.executed[2:].numel()
     assert 0.2 < ran / every < 0.9
-    found = gather(model, rows, range(5))
+    batches = enter(model, rows)
     for i in range(5):
+        found, outputs = run_layer(model, i, batches)
+        for batch, output in zip(batches, outputs, strict=True):
+            batch.hidden = output
         for producer, readers in READERS.items():
             for name in readers:
                 x = torch.stack(expected[i][name])
-                statistics = found[i][producer]
+                statistics = found[producer]
                 assert statistics.tokens == len(x)
                 assert torch.allclose(statistics.moment, x.T @ x / len(x), rtol=1e-3, atol=1e-5)
                 assert torch.allclose(statistics.mean_abs, x.abs().mean(0), rtol=1e-3, atol=1e-5)

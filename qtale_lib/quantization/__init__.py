@@ -17,10 +17,15 @@ import torch
 from torch import nn
 
 from qtale_lib.errors import UserError
-from qtale_lib.quantization.apply import apply_report, check_quantizable, search_model
+from qtale_lib.quantization.apply import (
+    apply_report,
+    check_quantizable,
+    check_same_model,
+    prepare,
+    search_model,
+)
 from qtale_lib.quantization.report import QuantizationReport, load_search, model_hash, save_search
 from qtale_lib.quantization.rtn import fake_quantize
-from qtale_lib.quantization.statistics import is_routed, tokenize
 
 __all__ = [
     "QuantizationReport",
@@ -60,27 +65,13 @@ def quantize(
             texts that are no list of texts.
     """
     report = QuantizationReport(method, backend, bits, group_size, lm_head_bits)
-    check_quantizable(model, report)
-    if method == "awq" and (tokenizer is None or texts is None):
-        raise UserError("AWQ calibrates on text; pass a tokenizer and a list of texts, or use method='rtn'.")
-    texts = None if texts is None else _listed(texts)
+    rows = prepare(model, report, tokenizer, texts, max_length)
     report.model_sha256 = model_hash(model)
-    if is_routed(model):
-        report.threshold = model.model.routing.theta
-    if texts is not None:
-        rows, record = tokenize(tokenizer, texts, min(max_length, model.config.max_position_embeddings))
-        report.calibration = record.as_dict()
+    if rows is not None:
         if method == "awq" and backend == "autoawq":
             _search_with_autoawq(model, rows, report)
         search_model(model, rows, report)
     return apply_report(model, report)
-
-
-def _listed(texts: Iterable[str]) -> list[str]:
-    listed = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [None]
-    if not all(isinstance(text, str) for text in listed):
-        raise UserError(f"texts ({type(texts).__name__}) must be a list of texts; put a single one into [ ].")
-    return listed
 
 
 def _search_with_autoawq(model: nn.Module, rows: list[list[int]], report: QuantizationReport) -> None:
@@ -100,6 +91,5 @@ def apply_search(model: nn.Module, directory: str | Path) -> nn.Module:
     """Quantize `model` in place by a kept search; UserError if the search was made from another model."""
     report = load_search(directory)
     check_quantizable(model, report)
-    if model_hash(model) != report.model_sha256:
-        raise UserError(f"the search in {directory} was made from another model; quantize this one anew.")
+    check_same_model(model_hash(model), report, directory)
     return apply_report(model, report)

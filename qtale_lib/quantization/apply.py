@@ -1,7 +1,10 @@
 """From a float model to its quantized self: what may be quantized, the search, its application."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from qtale_lib.errors import UserError
@@ -15,23 +18,33 @@ from qtale_lib.quantization.awq import (
 from qtale_lib.quantization.report import Grid, QuantizationReport
 from qtale_lib.quantization.rtn import (
     BITS,
+    by_rows,
     check_grid,
     dequantize_groups,
     fake_quantize,
     quantize_groups,
 )
-from qtale_lib.quantization.statistics import READERS, InputStatistics, gather, layer_blocks
+from qtale_lib.quantization.statistics import (
+    READERS,
+    Batch,
+    InputStatistics,
+    enter,
+    is_routed,
+    run_layer,
+    tokenize,
+)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 CHOICES = {"method": ("awq", "rtn"), "backend": ("native", "autoawq"), "lm_head_bits": (*BITS, 16)}
 LAYER = "model.layers.{}.{}"  # the full name of a module in a decoder layer
 
 
-def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that quantization touches, by full name."""
-    names = [name for readers in READERS.values() for name in readers]
-    layers = enumerate(model.model.layers)
-    return {LAYER.format(i, name): layer.get_submodule(name) for i, layer in layers for name in names}
+def decoder_linears(model: nn.Module, layers: Iterable[int] | None = None) -> dict[str, nn.Linear]:
+    """The linear layers that quantization touches, by full name, of some decoder layers or all."""
+    layers = range(len(model.model.layers)) if layers is None else layers
+    readers = [name for names in READERS.values() for name in names]
+    names = (LAYER.format(i, name) for i in layers for name in readers)
+    return {name: model.get_submodule(name) for name in names}
 
 
 def check_quantizable(model: nn.Module, report: QuantizationReport) -> None:
@@ -53,34 +66,87 @@ def check_quantizable(model: nn.Module, report: QuantizationReport) -> None:
     check_grid(linears, report.bits, report.group_size)
 
 
+def check_same_model(sha256: str, report: QuantizationReport, search: str | Path) -> None:
+    """UserError unless the report in folder `search` was made from the model of this hash."""
+    if sha256 != report.model_sha256:
+        raise UserError(f"the search in {search} was made from another model; quantize this one anew.")
+
+
+def prepare(
+    model: nn.Module, report: QuantizationReport, tokenizer, texts: Iterable[str] | None, max_length: int
+) -> list[list[int]] | None:
+    """Token rows to calibrate on, as the report then says; None without texts.
+
+    Raises:
+        UserError: as `check_quantizable`; for an AWQ without texts, or texts that are no list of texts.
+    """
+    check_quantizable(model, report)
+    if report.method == "awq" and (tokenizer is None or texts is None):
+        raise UserError("AWQ calibrates on text; pass a tokenizer and a list of texts, or use method='rtn'.")
+    if is_routed(model):
+        report.threshold = model.model.routing.theta
+    if texts is None:
+        return None
+    longest = min(max_length, model.config.max_position_embeddings)
+    rows, record = tokenize(tokenizer, _listed(texts), longest)
+    report.calibration = record.as_dict()
+    return rows
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    listed = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [None]
+    if not all(isinstance(text, str) for text in listed):
+        raise UserError(f"texts ({type(texts).__name__}) must be a list of texts; put a single one into [ ].")
+    return listed
+
+
 def search_model(model: nn.Module, rows: Sequence[Sequence[int]], report: QuantizationReport) -> None:
     """Fill `report` from token `rows`: every layer's search, unless there already, and every output error."""
-    searching = report.method == "awq" and not report.scales
-    for block in layer_blocks(model):
-        statistics = gather(model, rows, block)
-        unchosen = [i for i in block if statistics[i]["input_layernorm"].chosen == 0]
-        if unchosen:
-            statistics |= gather(model, rows, unchosen, executed_only=False)
-        report.unchosen_layers += unchosen
-        for i in block:
-            layer = model.model.layers[i]
-            alphas = _search_into(report, i, layer, statistics[i]) if searching else {}
-            report.linears += _measure(report, i, layer, statistics[i], alphas)
+    batches = enter(model, rows)
+    for i in range(len(model.model.layers)):
+        search_in_layer(model, i, batches, report)
+
+
+def search_in_layer(model: nn.Module, i: int, batches: Sequence[Batch], report: QuantizationReport) -> None:
+    """Search layer `i`, unless the report has its scales; measure its errors; take `batches` through it."""
+    statistics, outputs = run_layer(model, i, batches)
+    if statistics["input_layernorm"].chosen == 0:
+        statistics, outputs = run_layer(model, i, batches, executed_only=False)
+        report.unchosen_layers.append(i)
+    for batch, output in zip(batches, outputs, strict=True):
+        batch.hidden = output
+    layer, alphas = model.model.layers[i], {}
+    if report.method == "awq" and LAYER.format(i, "input_layernorm") not in report.scales:
+        alphas = _search_into(report, i, layer, statistics)
+    report.linears += _measure(report, i, layer, statistics, alphas)
 
 
 def apply_report(model: nn.Module, report: QuantizationReport) -> nn.Module:
     """Fold the report's scales, clip, round every decoder linear of `model`; leaves `model.quantization`."""
-    for i, layer in enumerate(model.model.layers):
-        scales = _of_layer(report.scales, i, layer)
-        for linear in folded_linears(layer, scales):
-            clipped = _clipped(report, i, linear.name, linear.weight)
-            _round_into(layer.get_submodule(linear.name), clipped, report, LAYER.format(i, linear.name))
-        fold_into_producers(layer, scales)
-    if report.lm_head_bits != 16:
-        _untie_lm_head(model)
-        _round_into(model.lm_head, model.lm_head.weight.float(), report, "lm_head", report.lm_head_bits)
+    for i in range(len(model.model.layers)):
+        apply_to_layer(model, i, report)
+    apply_to_head(model, report)
     model.quantization = report
     return model
+
+
+def apply_to_layer(model: nn.Module, i: int, report: QuantizationReport) -> None:
+    """Fold the report's scales, clip and round the linears of layer `i`."""
+    layer = model.model.layers[i]
+    scales = _of_layer(report.scales, i, layer)
+    for linear in folded_linears(layer, scales):
+        name = LAYER.format(i, linear.name)
+        _round_into(
+            layer.get_submodule(linear.name), linear.weight, report, name, report.bits, report.clips.get(name)
+        )
+    fold_into_producers(layer, scales)
+
+
+def apply_to_head(model: nn.Module, report: QuantizationReport) -> None:
+    """Round lm_head, if the report says so."""
+    if report.lm_head_bits != 16:
+        untie_lm_head(model)
+        _round_into(model.lm_head, model.lm_head.weight, report, "lm_head", report.lm_head_bits)
 
 
 def fold_into_producers(layer: nn.Module, scales: dict[str, Tensor]) -> None:
@@ -113,51 +179,66 @@ def _measure(
     found = []
     for linear in folded_linears(layer, _of_layer(report.scales, i, layer), statistics):
         name, folded = linear.name, linear.weight
-        weight, inputs = layer.get_submodule(name).weight.float(), statistics[producers[name]]
-        rtn = output_error(fake_quantize(weight, report.bits, report.group_size) - weight, inputs.moment)
-        error = output_error(_rounded(report, i, name, folded) - folded, linear.moment)
+        weight, inputs = layer.get_submodule(name).weight, statistics[producers[name]]
+        clip = report.clips.get(LAYER.format(i, name))
+        clip = None if clip is None else clip.to(folded.device)
+        error = by_rows(partial(_rounding_error, report, linear.moment), folded, clip)
         if linear.row_scale is not None:
             error = error * linear.row_scale**2  # back to the unscaled output
+        rtn = by_rows(partial(_rounding_error, report, inputs.moment), weight, None)
+        power = by_rows(lambda rows, moment=inputs.moment: output_error(rows, moment), weight)
         found.append(
             {
                 "name": LAYER.format(i, name),
                 "tokens": inputs.tokens,
                 "alpha": alphas.get(producers[name]),
-                "clip": _kept_range(report, i, name, folded),
+                "clip": None if clip is None else _kept_range(folded, clip),
                 "error": error.mean().item(),
                 "error_rtn": rtn.mean().item(),
-                "power": output_error(weight, inputs.moment).mean().item(),
+                "power": power.mean().item(),
             }
         )
     return found
 
 
-def _rounded(report: QuantizationReport, i: int, name: str, folded: Tensor) -> Tensor:
-    return fake_quantize(_clipped(report, i, name, folded), report.bits, report.group_size)
+def _rounding_error(
+    report: QuantizationReport, moment: Tensor, weight: Tensor, clip: Tensor | None
+) -> Tensor:
+    """Mean square output error [out] of `weight` [out, in] clipped and rounded."""
+    rounded = fake_quantize(_clipped(weight, clip), report.bits, report.group_size)
+    return output_error(rounded - weight, moment)
 
 
-def _clipped(report: QuantizationReport, i: int, name: str, folded: Tensor) -> Tensor:
-    clip = report.clips.get(LAYER.format(i, name))
-    return folded if clip is None else clip_weight(folded, clip.to(folded.device))
+def _clipped(weight: Tensor, clip: Tensor | None) -> Tensor:
+    return weight if clip is None else clip_weight(weight, clip)
 
 
 def _round_into(
-    linear: nn.Linear, weight: Tensor, report: QuantizationReport, name: str, bits: int | None = None
+    linear: nn.Linear,
+    weight: Tensor,
+    report: QuantizationReport,
+    name: str,
+    bits: int,
+    clip: Tensor | None = None,
 ) -> None:
-    """Give `linear` its `weight` [out, in] rounded, and the report the grid that it now lies on."""
-    bits = bits or report.bits
-    codes, step, zero = quantize_groups(weight, bits, report.group_size)
-    linear.weight.data = dequantize_groups(codes, step, zero).to(linear.weight.dtype)
-    report.grids[name] = Grid(step.squeeze(-1), zero.squeeze(-1).byte(), bits)
+    """Give `linear` its `weight` [out, in] clipped and rounded, and the report the grid it now lies on."""
+    steps, zeros = [], []
+
+    def rounded(rows: Tensor, clip: Tensor | None) -> Tensor:
+        codes, step, zero = quantize_groups(_clipped(rows, clip), bits, report.group_size)
+        steps.append(step.squeeze(-1))
+        zeros.append(zero.squeeze(-1).byte())
+        return dequantize_groups(codes, step, zero).to(linear.weight.dtype)
+
+    clip = None if clip is None else clip.to(weight.device)
+    linear.weight.data = by_rows(rounded, weight, clip)
+    report.grids[name] = Grid(torch.cat(steps), torch.cat(zeros), bits)
 
 
-def _kept_range(report: QuantizationReport, i: int, name: str, folded: Tensor) -> float | None:
-    """Mean over groups of clip / largest magnitude; None for a linear that is not clipped."""
-    clip = report.clips.get(LAYER.format(i, name))
-    if clip is None:
-        return None
-    largest = folded.abs().unflatten(1, (clip.shape[1], -1)).amax(-1)
-    return (clip.to(folded.device) / largest.clamp(min=1e-30)).mean().item()
+def _kept_range(folded: Tensor, clip: Tensor) -> float:
+    """Mean over groups of clip / largest magnitude."""
+    largest = by_rows(lambda rows: rows.abs().unflatten(1, (clip.shape[1], -1)).amax(-1), folded)
+    return (clip / largest.clamp(min=1e-30)).mean().item()
 
 
 def _of_layer(scales: dict[str, Tensor], i: int, layer: nn.Module) -> dict[str, Tensor]:
@@ -166,7 +247,7 @@ def _of_layer(scales: dict[str, Tensor], i: int, layer: nn.Module) -> dict[str, 
     return {producer: scales[key].to(device) for producer, key in keys.items() if key in scales}
 
 
-def _untie_lm_head(model: nn.Module) -> None:
+def untie_lm_head(model: nn.Module) -> None:
     """A parameter of its own for lm_head, since the embedding that it may share keeps 16 bits."""
     head = model.lm_head.weight
     model.lm_head.weight = nn.Parameter(head.detach(), requires_grad=head.requires_grad)

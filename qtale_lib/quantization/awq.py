@@ -18,12 +18,13 @@ Choices, where implementations differ:
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qtale_lib.quantization.rtn import fake_quantize
+from qtale_lib.quantization.rtn import by_rows, fake_quantize, row_chunks
 from qtale_lib.quantization.statistics import READERS, InputStatistics
 
 ALPHAS = tuple(step / 20 for step in range(20))
@@ -61,7 +62,7 @@ def search_layer(
     """Search scales, then clips, of one decoder layer from its input statistics."""
     alphas, scales, clips = {}, {}, {}
     for producer, readers in READERS.items():
-        weights = [layer.get_submodule(name).weight.float() for name in readers]
+        weights = [layer.get_submodule(name).weight for name in readers]
         heads = value_heads(layer) if producer == "self_attn.v_proj" else None
         alphas[producer], scales[producer] = search_scale(
             weights, statistics[producer], bits, group_size, heads
@@ -85,12 +86,16 @@ def search_scale(
     head.
     """
     weight = torch.cat(weights)
+
+    def error(rows: Tensor, scale: Tensor) -> float:
+        rounded = fake_quantize(rows * scale, bits, group_size) / scale
+        return output_error(rounded - rows, inputs.moment).sum().item()
+
     best_alpha, best_scale, best_error = None, torch.ones_like(inputs.mean_abs), torch.inf
     for alpha, scale in candidate_scales(weight, inputs.mean_abs, group_size, heads):
-        rounded = fake_quantize(weight * scale, bits, group_size) / scale
-        error = output_error(rounded - weight, inputs.moment).sum().item()
-        if error < best_error:
-            best_alpha, best_scale, best_error = alpha, scale, error
+        total = sum(error(rows, scale) for rows in row_chunks(weight))
+        if total < best_error:
+            best_alpha, best_scale, best_error = alpha, scale, total
     return best_alpha, best_scale
 
 
@@ -98,8 +103,7 @@ def candidate_scales(
     weight: Tensor, mean_abs: Tensor, group_size: int, heads: tuple[int, int] | None
 ) -> Iterator[tuple[float | None, Tensor]]:
     """The grid: no scaling, then mean|x|^α / mean(|w| / largest |w| of its group)^(1 − α), centred on 1."""
-    groups = weight.abs().unflatten(1, (-1, weight.shape[1] if group_size == -1 else group_size))
-    relative = (groups / groups.amax(-1, keepdim=True).clamp(min=TINY)).flatten(1).mean(0)
+    relative = sum(_relative(rows, group_size).sum(0) for rows in row_chunks(weight)) / len(weight)
     if heads is not None:
         mean_abs, relative = _shared(mean_abs, heads), _shared(relative, heads)
     mean_abs = mean_abs.clamp(min=1e-4 * mean_abs.max()).clamp(min=TINY)
@@ -110,12 +114,23 @@ def candidate_scales(
         yield alpha, scale / (scale.max() * scale.min()).sqrt()
 
 
+def _relative(weight: Tensor, group_size: int) -> Tensor:
+    """|w| / largest |w| of its group, [out, in]."""
+    groups = weight.abs().unflatten(1, (-1, weight.shape[1] if group_size == -1 else group_size))
+    return (groups / groups.amax(-1, keepdim=True).clamp(min=TINY)).flatten(1)
+
+
 def search_clip(weight: Tensor, moment: Tensor, bits: int, group_size: int) -> Tensor:
     """Largest magnitude [out, in/group] to keep of each group of `weight` [out, in]."""
     width = weight.shape[1]
     group = width if group_size == -1 else group_size
-    groups = weight.unflatten(1, (-1, group)).transpose(0, 1)  # [out, in] -> [in/group, out, group]
     blocks = torch.stack([moment[i : i + group, i : i + group] for i in range(0, width, group)])
+    return by_rows(lambda rows: _search_clip(rows, blocks, bits), weight)
+
+
+def _search_clip(weight: Tensor, blocks: Tensor, bits: int) -> Tensor:
+    """The same, by the diagonal blocks [in/group, group, group] of the moment."""
+    groups = weight.unflatten(1, (-1, blocks.shape[1])).transpose(0, 1)  # [out, in] -> [in/group, out, group]
     limit = groups.abs().amax(-1, keepdim=True)  # [in/group, out, 1]
     best, best_error = limit.clone(), torch.full_like(limit, torch.inf)
     for ratio in CLIP_RATIOS:
@@ -148,7 +163,7 @@ def folded_linears(
         scale = scales.get(producer)
         moment = statistics[producer].moment if statistics else None
         if scale is not None and moment is not None:
-            moment = moment / torch.outer(scale, scale)
+            moment = by_rows(partial(_scaled_down, scale), moment, scale)
         for name in readers:
             weight = layer.get_submodule(name).weight.float()
             if scale is not None:
@@ -157,6 +172,11 @@ def folded_linears(
             if row_scale is not None:
                 weight = weight / row_scale[:, None]
             yield FoldedLinear(name, weight, moment, row_scale)
+
+
+def _scaled_down(scale: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
+    """Rows of a second moment once inputs are divided by `scale` [in]; `row_scale`: of these rows."""
+    return rows / torch.outer(row_scale, scale)
 
 
 def outgoing_scales(layer: nn.Module, scales: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,15 +27,16 @@ def added_by_loading(directory: str | Path, warm_up: str | Path, device: str) ->
     used again unseen.
     """
     load_packed(warm_up, device)
-    before = _start(device)
+    before = start_measuring(device)
     model = load_packed(directory, device)
-    peak = _peak(device)
+    peak = highest(device)
     del model
     added = None if before is None or peak is None else peak - before
     return {"file": packed_bytes(directory), "added": added}
 
 
-def _start(device: str) -> int | None:
+def start_measuring(device: str) -> int | None:
+    """Bytes held now; `highest` counts from here."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -45,7 +46,8 @@ def _start(device: str) -> int | None:
     return _kib("VmRSS")
 
 
-def _peak(device: str) -> int | None:
+def highest(device: str) -> int | None:
+    """The most bytes held since `start_measuring`; None where the system does not say."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return _kib("VmHWM") if STATUS.exists() else None

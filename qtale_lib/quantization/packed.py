@@ -16,6 +16,7 @@ from qtale_lib.efficiency import file_bytes
 from qtale_lib.errors import UserError
 from qtale_lib.quantization.packed_linear import PackedLinear
 from qtale_lib.quantization.report import Grid
+from qtale_lib.quantization.rtn import by_rows
 
 STEP_DTYPES = (torch.float32, torch.float16)
 
@@ -39,11 +40,24 @@ def pack(model: nn.Module, step_dtype: torch.dtype = torch.float32) -> nn.Module
         raise UserError("the model is packed already; save it with save_packed.")
     if not getattr(getattr(model, "quantization", None), "grids", None):
         raise UserError("the model is not quantized; call quantize (or apply_search) on it before pack.")
-    grids = model.quantization.grids
+    pack_linears(model, model.quantization.grids, step_dtype)
+    return model
+
+
+def pack_linears(model: nn.Module, grids: dict[str, Grid], step_dtype: torch.dtype = torch.float32) -> None:
+    """Replace the linears of `grids` by packed ones, which take the grids over: `grids` is empty then."""
     for name in list(grids):
         model.set_submodule(name, _packed(name, model.get_submodule(name), grids[name], step_dtype))
-        del grids[name]  # the layer holds it now
-    return model
+        del grids[name]
+
+
+def pack_empty(
+    model: nn.Module, name: str, bits: int, group_size: int, step_dtype: torch.dtype = torch.float32
+) -> None:
+    """Replace a linear by a packed one without memory behind it, in the linear's dtype."""
+    old = model.get_submodule(name)
+    sizes = (old.in_features, old.out_features, bits, group_size, old.bias is not None)
+    model.set_submodule(name, PackedLinear(*sizes, old.weight.dtype, step_dtype, "meta"))
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -90,12 +104,19 @@ def _codes_on_grid(weight: Tensor, steps: Tensor, zeros: Tensor, bits: int) -> T
 
     Rounding to 16 bits may have moved a weight of 8 bits by almost a whole step: the neighbours are tried.
     """
-    steps, zeros = steps[..., None], zeros[..., None].float()
-    groups = weight.unflatten(1, (steps.shape[1], -1))  # [out, in] -> [out, in/group, group]
-    nearest = (groups.float() / steps).round() + zeros
-    codes = torch.full_like(nearest, -1)
-    for neighbour in (0, -1, 1):
-        candidate = (nearest + neighbour).clamp(0, 2**bits - 1)
-        exact = ((candidate - zeros) * steps).to(weight.dtype) == groups
-        codes = torch.where((codes < 0) & exact, candidate, codes)
-    return None if (codes < 0).any() else codes.byte().flatten(1)
+
+    def codes_of(rows: Tensor, steps: Tensor, zeros: Tensor) -> Tensor:
+        steps, zeros = steps[..., None], zeros[..., None].float()
+        groups = rows.unflatten(1, (steps.shape[1], -1))  # [out, in] -> [out, in/group, group]
+        nearest = (groups / steps).round() + zeros
+        codes = torch.full_like(nearest, -1)
+        for neighbour in (0, -1, 1):
+            candidate = (nearest + neighbour).clamp(0, 2**bits - 1)
+            exact = ((candidate - zeros) * steps).to(weight.dtype) == groups
+            codes = torch.where((codes < 0) & exact, candidate, codes)
+        missing.append((codes < 0).any())
+        return codes.byte().flatten(1)
+
+    missing: list[Tensor] = []
+    codes = by_rows(codes_of, weight, steps, zeros)
+    return None if torch.stack(missing).any() else codes

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from qtale_lib.adaptive import RouterConfig
 from qtale_lib.quantization.apply import decoder_linears
 from qtale_lib.quantization.packed import saved_tensors
-from qtale_lib.quantization.packed_files import empty_model
+from qtale_lib.quantization.packed_files import empty_packed_model
 
 # dtypes as safetensors names them, in the order in which it stores their tensors
 STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
@@ -43,7 +43,7 @@ def packed_file_bytes(
         "threshold": 0.5,
         "routers": None if routers is None else asdict(routers),
     }
-    model = empty_model(config, record, lambda bare: _layers(bare, bits, group_size, lm_head_bits))
+    model = empty_packed_model(config, record, lambda bare: _layers(bare, bits, group_size, lm_head_bits))
     tensors = saved_tensors(model)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     header = _header_bytes(tensors)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qtale_lib.errors import UserError
+from qtale_lib.store import write_json
 
 TENSORS = ("scales", "clips")
 
@@ -61,8 +63,13 @@ class QuantizationReport:
 
 def model_hash(model: nn.Module) -> str:
     """sha256 over the names, types, shapes and bytes of every tensor in the model's state."""
+    return tensors_hash(sorted(model.state_dict().items()))
+
+
+def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The same over (name, tensor) in order of name, of which each may be read when its turn comes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -74,7 +81,7 @@ def save_search(report: QuantizationReport, directory: str | Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"{kind}/{name}": t.cpu() for kind in TENSORS for name, t in getattr(report, kind).items()}
     save_file(tensors, directory / "search.safetensors")
-    (directory / "search.json").write_text(json.dumps({"schema": 1, **report.as_dict()}, indent=1) + "\n")
+    write_json(directory / "search.json", {"schema": 1, **report.as_dict()})
     return directory
 
 

@@ -6,7 +6,7 @@ zero exactly (asymmetric, integer zero point). Weights are fake-quantized: round
 floats.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import gcd
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qtale_lib.errors import UserError
 
 BITS = (2, 3, 4, 8)
+CHUNK = 2**20  # weights worked on at once: float32 copies of whole layers would outweigh the layers
 
 
 def quantize_groups(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,6 +45,18 @@ def fake_quantize(weight: Tensor, bits: int, group_size: int) -> Tensor:
 def dequantize_groups(codes: Tensor, step: Tensor, zero: Tensor) -> Tensor:
     """What `quantize_groups` returned, as weights [..., in]."""
     return ((codes - zero) * step).flatten(-2)
+
+
+def row_chunks(weight: Tensor) -> Iterator[Tensor]:
+    """`weight` [out, in] a few rows at a time, in float32."""
+    return (rows.float() for rows in weight.split(max(1, CHUNK // weight.shape[1])))
+
+
+def by_rows(function: Callable[..., Tensor], weight: Tensor, *others: Tensor | None) -> Tensor:
+    """`function` of `weight` [out, in], a few rows at a time in float32, and of the same rows of `others`."""
+    lengths = [len(rows) for rows in weight.split(max(1, CHUNK // weight.shape[1]))]
+    parts = [[None] * len(lengths) if other is None else other.split(lengths) for other in others]
+    return torch.cat([function(*rows) for rows in zip(row_chunks(weight), *parts, strict=True)])
 
 
 def check_grid(linears: Mapping[str, nn.Linear], bits: int, group_size: int) -> None:

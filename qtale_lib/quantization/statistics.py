@@ -4,6 +4,10 @@ A linear layer with weight error D answers x with the error D x, so its mean squ
 calibration tokens is tr(D M Dᵀ) / out with M = mean of x xᵀ: the second moment of the inputs is all a search
 needs, and exact.
 
+Calibration goes layer by layer: `enter` brings the rows to the first layer, `run_layer` through one more. So
+only the layer at work need have its weights (streaming.py); what the rows are between two layers stays in
+memory, in the model's dtype.
+
 In a routed model a layer's tokens are those that execute it, at the model's own θ; padding never counts. One
 that runs no token but the reserved first of each sequence is judged on all tokens, and named in the report:
 θ is searched after quantization, and may yet send others through it.
@@ -11,9 +15,10 @@ that runs no token but the reserved first of each sequence is judged on all toke
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +32,6 @@ READERS: dict[str, tuple[str, ...]] = {
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.up_proj": ("mlp.down_proj",),
 }
-PASS_BYTES = 2**30  # second moments held at once; a model that needs more is gathered in several passes
 BATCH_TOKENS = 4096
 
 
@@ -44,6 +48,24 @@ class InputStatistics:
     mean_abs: Tensor
     tokens: int
     chosen: int
+
+
+@dataclass
+class Batch:
+    """Rows between two layers.
+
+    hidden: [batch, tokens, d], what enters the next layer; valid: bool [batch, tokens], False on padding.
+    arguments: by layer, the keywords that the decoder calls it with (masks, rotary tables, routing).
+    """
+
+    hidden: Tensor
+    valid: Tensor
+    arguments: list[dict[str, Any]]
+
+    def counted(self, layer: int) -> Tensor:
+        """Tokens that executed a layer which has run, bool [batch, tokens]."""
+        routing = self.arguments[layer].get("routing")
+        return self.valid if routing is None else routing.executed.get(layer, self.valid)
 
 
 @dataclass(frozen=True)
@@ -76,35 +98,46 @@ def tokenize(tokenizer, texts: Iterable[str], max_length: int) -> tuple[list[lis
     )
 
 
-def gather(
-    model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int], executed_only: bool = True
-) -> dict[int, dict[str, InputStatistics]]:
-    """Statistics {layer: {producer: InputStatistics}} of `layers` over token `rows` (producers: `READERS`).
+def enter(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Batch]:
+    """Token rows in batches, before the first layer; embeddings and the last norm must have their weights."""
+    device = next(model.parameters()).device
+    batches = []
+    with torch.no_grad(), _evaluating(model), _recorded_calls(model) as calls:
+        for ids, valid in _batches(rows, device):
+            model.model(input_ids=ids, attention_mask=valid.long(), use_cache=False)
+            batches.append(Batch(calls[0][0], valid, [arguments for _, arguments in calls]))
+            calls.clear()
+    return batches
+
+
+def run_layer(
+    model: nn.Module, i: int, batches: Sequence[Batch], executed_only: bool = True
+) -> tuple[dict[str, InputStatistics], list[Tensor]]:
+    """Statistics by producer (`READERS`) of layer `i` over `batches`, and what each enters the next one as.
 
     In a routed model only the tokens that execute the layer count, unless `executed_only` is False.
     """
-    sums: dict[tuple[int, str], InputStatistics] = {}
-    device = next(model.parameters()).device
-    with torch.no_grad(), _evaluating(model), _captured_inputs(model, layers) as captured:
-        for ids, valid in _batches(rows, device):
-            counted = _counted(model, ids, valid, executed_only)
-            chosen = counted[:, :, _reserved_tokens(model) :].sum((1, 2)).tolist()
-            for (layer, producer), inputs in captured.items():
-                _add(sums, (layer, producer), inputs[counted[layer]].float(), chosen[layer])
-            captured.clear()
+    sums: dict[str, InputStatistics] = {}
+    outputs = []
+    layer = model.model.layers[i]
+    with torch.no_grad(), _evaluating(model), _recording(model), _captured_inputs(layer) as captured:
+        for batch in batches:
+            outputs.append(layer(batch.hidden, **batch.arguments[i]))
+            counted = batch.counted(i) if executed_only else batch.valid
+            chosen = counted[:, _reserved_tokens(model) :].sum().item()
+            for producer in READERS:
+                _add(sums, producer, captured.pop(producer)[counted].float(), chosen)
     for entry in sums.values():
         entry.moment /= max(entry.tokens, 1)
         entry.mean_abs /= max(entry.tokens, 1)
-    return {layer: {producer: sums[layer, producer] for producer in READERS} for layer in layers}
+    return sums, outputs
 
 
-def layer_blocks(model: nn.Module) -> Iterator[list[int]]:
-    """Layer indices in runs whose second moments fit in `PASS_BYTES`."""
-    layers = model.model.layers
-    widths = [layers[0].get_submodule(readers[0]).in_features for readers in READERS.values()]
-    size = max(1, PASS_BYTES // sum(4 * width**2 for width in widths))
-    for start in range(0, len(layers), size):
-        yield list(range(start, min(start + size, len(layers))))
+def pass_layer(model: nn.Module, i: int, batches: Sequence[Batch]) -> None:
+    """Take `batches` through layer `i`, without statistics."""
+    with torch.no_grad(), _evaluating(model):
+        for batch in batches:
+            batch.hidden = model.model.layers[i](batch.hidden, **batch.arguments[i])
 
 
 def is_routed(model: nn.Module) -> bool:
@@ -117,20 +150,7 @@ def _reserved_tokens(model: nn.Module) -> int:
     return model.model.routing.config.always_run_tokens if is_routed(model) else 0
 
 
-def _counted(model: nn.Module, ids: Tensor, valid: Tensor, executed_only: bool) -> Tensor:
-    """Run the model once; which tokens count in each layer, bool [layers, batch, tokens]."""
-    everywhere = valid.expand(len(model.model.layers), *valid.shape)
-    if not (executed_only and is_routed(model)):
-        model(input_ids=ids, attention_mask=valid.long(), use_cache=False, logits_to_keep=1)
-        return everywhere
-    from qtale_lib.adaptive import record_routes
-
-    with record_routes(model) as routes:
-        model(input_ids=ids, attention_mask=valid.long(), use_cache=False, logits_to_keep=1)
-    return everywhere & routes.executed.to(valid.device)
-
-
-def _add(sums: dict, key: tuple[int, str], inputs: Tensor, chosen: int) -> None:
+def _add(sums: dict, key: str, inputs: Tensor, chosen: int) -> None:
     """Add one batch's inputs [tokens, in] to the sums of `key`."""
     moment, mean_abs = inputs.T @ inputs, inputs.abs().sum(0)
     if key not in sums:
@@ -160,19 +180,45 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, T
     return ids.to(device), valid.to(device)
 
 
-def _capture(captured: dict, key: tuple[int, str], linear: nn.Module, args: tuple) -> None:
-    captured[key] = args[0]
+@contextmanager
+def _recorded_calls(model: nn.Module) -> Iterator[list[tuple[Tensor, dict]]]:
+    """A list that passes of the decoder fill with every layer's (hidden states, keywords); no layer runs."""
+    calls: list[tuple[Tensor, dict]] = []
+
+    def record(hidden: Tensor, **arguments) -> Tensor:
+        calls.append((hidden, arguments))
+        return hidden
+
+    for layer in model.model.layers:
+        layer.forward = record
+    try:
+        yield calls
+    finally:
+        for layer in model.model.layers:
+            del layer.forward
+
+
+def _recording(model: nn.Module) -> AbstractContextManager:
+    """Routers say meanwhile what they decide; nothing in a model without them."""
+    if not is_routed(model):
+        return nullcontext()
+    from qtale_lib.adaptive import record_routes
+
+    return record_routes(model)
 
 
 @contextmanager
-def _captured_inputs(model: nn.Module, layers: Sequence[int]):
-    """A dict that forward passes fill with {(layer, producer): inputs [batch, tokens, in]}."""
-    captured: dict[tuple[int, str], Tensor] = {}
-    hooks = []
-    for layer in layers:
-        for producer, readers in READERS.items():
-            linear = model.model.layers[layer].get_submodule(readers[0])
-            hooks.append(linear.register_forward_pre_hook(partial(_capture, captured, (layer, producer))))
+def _captured_inputs(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """A dict that calls of `layer` fill with {producer: inputs [batch, tokens, in]}."""
+    captured: dict[str, Tensor] = {}
+
+    def capture(producer: str, linear: nn.Linear, args: tuple) -> None:
+        captured[producer] = args[0]
+
+    hooks = [
+        layer.get_submodule(readers[0]).register_forward_pre_hook(partial(capture, producer))
+        for producer, readers in READERS.items()
+    ]
     try:
         yield captured
     finally:

@@ -73,7 +73,7 @@ def finetune(
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=_last_checkpoint(directory))
     seconds = time.monotonic() - started
-    save_routed(model, directory, base=profile.base)
+    save_routed(model, directory, base=profile.base, revision=profile.revision)
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return {**_outcome(trainer, counts), "training_seconds": seconds, "probe_seconds": probe.seconds}
 

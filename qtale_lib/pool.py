@@ -10,25 +10,19 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-
+from qtale_lib import machine
 from qtale_lib.errors import UserError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GRACE_SECONDS = 5.0
-WORKER_BYTES = 1.5 * 2**30  # torch, its imports, the activations of a small model
-COPIES = 3  # of the model's weights in a worker's memory, at most: while it loads, merges or searches
 
 
 @dataclass(frozen=True)
@@ -113,42 +107,17 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: W
     return list(outcomes.values())
 
 
-def worker_slots(tasks: int, model_bytes: int = 0) -> list[dict[str, str]]:
+def worker_slots(tasks: int, worker_bytes: float = 0) -> list[dict[str, str]]:
     """Environments of the workers: one per GPU, else one per core with one thread, as memory allows.
 
-    model_bytes: one copy of the model in memory. UserError if not even that fits, before any work is begun.
+    worker_bytes: the most that one holds; what not even one can hold is refused earlier (preflight.py).
     """
-    gpus = _gpus()
+    gpus = machine.gpus()
     if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:tasks]]
-    free = psutil.virtual_memory().available
-    if model_bytes > free:
-        raise UserError(
-            f"The base model takes {model_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are "
-            "free; set dtype: bfloat16 or choose a smaller base."
-        )
-    room = int(free // (WORKER_BYTES + COPIES * model_bytes))
-    return [dict.fromkeys(THREAD_VARIABLES, "1")] * max(1, min(usable_cores(), room, tasks))
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: affinity and a container's quota counted."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.exists() and (limits := quota.read_text().split())[0] != "max":
-        cores = min(cores, max(1, int(limits[0]) // int(limits[1])))
-    return cores
-
-
-def _gpus() -> list[str]:
-    """Ids of the visible GPUs, asked of torch in another process: this one stays light."""
-    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd")):
-        return []
-    ask = "import torch; print(torch.cuda.device_count())"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = int(done.stdout.strip() or 0)
-    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+        return [{"CUDA_VISIBLE_DEVICES": gpu.id} for gpu in gpus[:tasks]]
+    now = machine.look()
+    room = int(now.free // worker_bytes) if worker_bytes else tasks
+    return [dict.fromkeys(THREAD_VARIABLES, "1")] * max(1, min(now.cores, room, tasks))
 
 
 def _doomed(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> list[Task]:

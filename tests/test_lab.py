@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +24,7 @@ from qtale_lib.adaptive import routing_state
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run
 from qtale_lib.lab import Lab
+from qtale_lib.machine import Gpu, Machine
 from qtale_lib.pool import Outcome, Task, run_tasks
 from qtale_lib.preflight import check
 from qtale_lib.progress import Forecast, PlainWatcher
@@ -164,16 +164,12 @@ def test_the_longest_ready_task_goes_first(tmp_path):
 
 
 def test_workers_are_as_many_as_cores_tasks_and_memory_allow(monkeypatch):
-    monkeypatch.setattr(pool, "_gpus", list)
-    monkeypatch.setattr(pool, "usable_cores", lambda: 8)
-    memory = SimpleNamespace(available=10 * 2**30)
-    monkeypatch.setattr(pool.psutil, "virtual_memory", lambda: memory)
-    assert [len(pool.worker_slots(tasks)) for tasks in (1, 3, 99)] == [1, 3, 6]
-    assert len(pool.worker_slots(99, 2**30)) == 2 and len(pool.worker_slots(99, 9 * 2**30)) == 1
+    monkeypatch.setattr(pool.machine, "gpus", tuple)
+    monkeypatch.setattr(pool.machine, "look", lambda: Machine((), 2**34, 10 * 2**30, 8))
+    assert [len(pool.worker_slots(tasks, 1.5 * 2**30)) for tasks in (1, 3, 99)] == [1, 3, 6]
+    assert len(pool.worker_slots(99)) == 8 and len(pool.worker_slots(99, 11 * 2**30)) == 1
     assert pool.worker_slots(1)[0]["OMP_NUM_THREADS"] == "1"
-    with pytest.raises(UserError, match=r"takes 11.0 GiB and 10.0 GiB of memory are free"):
-        pool.worker_slots(99, 11 * 2**30)
-    monkeypatch.setattr(pool, "_gpus", lambda: ["0", "3"])
+    monkeypatch.setattr(pool.machine, "gpus", lambda: (Gpu("0", "A", 1, 1), Gpu("3", "B", 1, 1)))
     assert pool.worker_slots(99, 2**40) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
 
 

@@ -34,6 +34,7 @@ from transformers import DynamicCache
 from qtale_lib.benchmark_budget import Budget, rounds
 from qtale_lib.benchmark_models import (
     FORMATS,
+    HEAD_BITS,
     ROUTERS,
     SHAPES,
     BenchShape,
@@ -50,20 +51,22 @@ from qtale_lib.benchmark_models import (
 )
 from qtale_lib.benchmark_report import SCHEMA, blocks, lacking, targets
 from qtale_lib.errors import UserError
+from qtale_lib.lab import Lab
 from qtale_lib.provenance import ROOT, Stopwatch, processor
 from qtale_lib.quantization.packed_files import save_packed
 
 STEPS = 4  # tokens that a variant decodes in each repetition, each timed
 COPIED = 2**28  # bytes that the copy moves to measure memory bandwidth: more than any cache holds
 RATIOS = (0.25, 0.5, 0.75, 1.0)
-PARTS = ("passes", "training", "search")
+PARTS = ("passes", "training", "search", "evaluation")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What to measure; None stands for the shape's own.
 
-    parts: passes of inference; a training step beside plain LoRA's; the AWQ search beside autoawq's.
+    parts: passes of inference; a training step beside plain LoRA's; the AWQ search beside autoawq's; scoring
+        by a trained run of a profile.
     prefill: tokens of a prompt; decode: rows of a batch; ratios: R, the share of the routed layers that run.
     repeats: rounds over all variants; seconds: a budget for all parts, within which rounds and searches are
         left out.
@@ -139,7 +142,8 @@ class Variant:
     """What one line of the result is measured on.
 
     kind: "plain" has no routers; "open", "random" and "layerwise" skip by forced routes (draw_routes);
-        "ideal" has layers removed; "routers" are the routers alone.
+        "ideal" has layers removed; "fewer rows" is the plain model on as large a share of a batch's rows:
+        as many tokens a layer as in "random"; "routers" are the routers alone.
     kept: how many of the routed layers a token executes; None where that says nothing.
     """
 
@@ -154,7 +158,7 @@ def variants(formats: tuple[str, ...], kept: list[int], layers: int) -> list[Var
     for name in formats:
         found += [Variant(name, "plain", layers), Variant(name, "routers")]
         for count in kept:
-            kinds = ("open",) if count == layers else ("ideal", "random", "layerwise")
+            kinds = ("open",) if count == layers else ("ideal", "fewer rows", "random", "layerwise")
             found += [Variant(name, kind, count) for kind in kinds]
     return found
 
@@ -173,7 +177,7 @@ class Subject:
     def __post_init__(self):
         ideal = self.family.ideal.get(self.variant.kept)
         self.forced = self.variant.kind in ("open", "random", "layerwise")
-        models = {"plain": self.family.plain, "ideal": ideal}
+        models = {"plain": self.family.plain, "fewer rows": self.family.plain, "ideal": ideal}
         self.model = models.get(self.variant.kind, self.family.routed)
 
     def start(self, ids: Tensor) -> None:
@@ -211,12 +215,23 @@ class Cell:
         """Random tokens, int64 [B, T]."""
         return torch.randint(self.vocabulary, (batch, length), generator=self.source).to(self.device)
 
+    def measures(self, variant: Variant) -> bool:
+        """Fewer rows than one there are none."""
+        return variant.kind != "fewer rows" or (self.phase == "decode" and self.size > 1)
+
+    def rows(self, subject: Subject) -> int:
+        """Rows of a decoded batch."""
+        if subject.variant.kind != "fewer rows":
+            return self.size
+        return max(1, round(self.size * subject.variant.kept / subject.family.layers))
+
     def warm_up(self, subject: Subject) -> None:
         """The first pass of a variant, untimed; decoding goes on from its cache."""
         if subject.variant.kind == "routers":
             next(self.times(subject))
             return
-        ids = self.ids(1, self.size) if self.phase == "prefill" else self.ids(self.size, self.context)
+        prompt = (1, self.size) if self.phase == "prefill" else (self.rows(subject), self.context)
+        ids = self.ids(*prompt)
         subject.start(ids)
         subject.run(ids)
         if self.phase == "decode":
@@ -232,7 +247,7 @@ class Cell:
             yield seconds(lambda: subject.run(ids), self.device)
         else:
             for _ in range(STEPS):
-                ids = self.ids(self.size, 1)
+                ids = self.ids(self.rows(subject), 1)
                 subject.ready(ids)
                 yield seconds(lambda ids=ids: subject.run(ids), self.device)
 
@@ -261,10 +276,12 @@ def bench(
     settings: Settings,
     say: Callable[[str], None] = print,
     keep: Callable[[dict[str, Any]], object] = lambda result: None,
+    lab: Lab | None = None,
 ) -> dict[str, Any]:
     """Measure; returns the result, ready for JSON (benchmark_report names its parts).
 
     keep(result): called with the result so far after each block of passes and each other part.
+    lab: whose run scores questions, in the part "evaluation"; that of tiny if not given.
 
     Raises:
         UserError: for settings that cannot be measured.
@@ -284,8 +301,9 @@ def bench(
             "memory": None,
             "training": None,
             "search": None,
+            "evaluation": None,
         }
-        for found in _pieces(settings, config, say):
+        for found in _pieces(settings, config, say, lab or Lab("tiny")):
             result |= {**found, "provenance": watch.provenance()}
             result |= {"targets": targets(result), "finished": not lacking(result)}
             keep(result)
@@ -293,13 +311,13 @@ def bench(
 
 
 def _pieces(
-    settings: Settings, config: dict[str, Any], say: Callable[[str], None]
+    settings: Settings, config: dict[str, Any], say: Callable[[str], None], lab: Lab
 ) -> Iterator[dict[str, Any]]:
     """Parts of the result, each as soon as it is measured; "times" comes again with every block of passes."""
     from qtale_lib import benchmark_work  # peft and Trainer take a while to load
 
     cells, tokens = blocks(asdict(settings)), SHAPES[settings.shape].trained
-    others = [part for part in ("training", "search") if part in settings.parts]
+    others = [part for part in PARTS[1:] if part in settings.parts]
     budget = Budget(settings.seconds, len(cells) + len(others))
     clock = partial(seconds, device=settings.device)
     if cells:
@@ -313,6 +331,10 @@ def _pieces(
     if "search" in others:
         say("the AWQ search")
         yield {"search": benchmark_work.search_times(config, clock, budget.next_end())}
+    if "evaluation" in others:
+        say(f"scoring by a trained run of {lab.profile.name}")
+        times = benchmark_work.evaluation_times(lab, settings.repeats, clock, budget.next_end())
+        yield {"evaluation": times}
 
 
 def _passes(
@@ -366,8 +388,10 @@ def _families(settings: Settings) -> dict[str, Family]:
     config = SHAPES[settings.shape].config()
     kept = _kept(settings, config)
     plain = random_model(config, settings.device, settings.seed)
-    made = {"bf16": lambda: plain, "int4": lambda: packed_copy(plain)}
-    return {name: Family(made[name](), kept) for name in settings.formats}
+    made = {
+        name: plain if name == "bf16" else packed_copy(plain, HEAD_BITS[name]) for name in settings.formats
+    }
+    return {name: Family(model, kept) for name, model in made.items()}
 
 
 def _kept(settings: Settings, config: dict[str, Any]) -> list[int]:
@@ -383,6 +407,7 @@ def _measure(
     subjects = [
         Subject(families[variant.format], variant, torch.Generator().manual_seed(settings.seed + number))
         for number, variant in enumerate(chosen)
+        if cell.measures(variant)
     ]
     times: list[list[float]] = [[] for _ in subjects]
     for subject in subjects:

@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from qtale_lib.figures import BLACK, BLUE, COLUMN, CROSS, DOT, PAGE, RED, SQUARE, canvas, empty
+from qtale_lib.figures import BLACK, BLUE, COLUMN, CROSS, DOT, ORANGE, PAGE, RED, SQUARE, canvas, empty
 
-COLOURS = {"bf16": BLUE, "int4": RED}
+COLOURS = {"bf16": BLUE, "int4": RED, "int4-head": ORANGE}
 # The lines end at R = 1: the ideal in the plain model, the others in the one whose gates are all open.
 LINES = {
     "random": ("open", "random routes", {"linestyle": "-", **DOT}),

@@ -25,7 +25,8 @@ from qtale_lib.quantization.packed import pack, packed_linears
 from qtale_lib.routing import BYPASS, EXECUTE
 
 ROUTERS = RouterConfig()
-FORMATS = ("bf16", "int4")
+FORMATS = ("bf16", "int4", "int4-head")
+HEAD_BITS = {"int4": 16, "int4-head": 4}
 GROUP = 128  # or less, where that does not divide
 
 
@@ -73,9 +74,13 @@ def random_model(config: dict[str, Any], device: str, seed: int = 0) -> PreTrain
         return AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=torch.bfloat16).eval()
 
 
-def packed_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The model rounded to nearest and packed in 4 bits; which quantizer chose the codes changes no time."""
-    return pack(quantize(copy.deepcopy(model), method="rtn", bits=4, group_size=group_size(model.config)))
+def packed_copy(model: PreTrainedModel, head_bits: int = 16) -> PreTrainedModel:
+    """The model rounded to nearest and packed in 4 bits; which quantizer chose the codes changes no time.
+
+    head_bits: of lm_head, 16 or 4.
+    """
+    group, copied = group_size(model.config), copy.deepcopy(model)
+    return pack(quantize(copied, method="rtn", bits=4, group_size=group, lm_head_bits=head_bits))
 
 
 def group_size(config: LlamaConfig) -> int:

@@ -1,4 +1,4 @@
-"""Times of the work before inference: a training step by plain LoRA's, the AWQ search by autoawq's."""
+"""Times of other work: a training step by plain LoRA's, the AWQ search by autoawq's, scoring by skipping."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qtale_lib import jobs
+from qtale_lib.adaptive import set_execution, set_threshold
 from qtale_lib.benchmark_budget import Deadline, OutOfTime, rounds
 from qtale_lib.benchmark_models import group_size, median_and_quartiles, random_model, twin
 from qtale_lib.config import load_profile
 from qtale_lib.data.encoding import collate
 from qtale_lib.errors import UserError
+from qtale_lib.evaluation import evaluate_choices
+from qtale_lib.lab import Lab, run_spec
 from qtale_lib.quantization.apply import search_model
 from qtale_lib.quantization.report import QuantizationReport
 from qtale_lib.training import make_trainer, prepare_model
@@ -26,7 +30,8 @@ METHODS = {"plain": "full", "routed": "qtale"}
 # A search goes layer by layer: its time is proportional to their number. autoawq tries clips on every token,
 # or on 512 to 1023 of more, ours on second moments: few tokens favour autoawq. So many are a minute or one
 # and a half for either at tinyllama-1.1b on 2 cores.
-SEARCHED_LAYERS, SEARCHED_TOKENS = 1, 64
+SEARCHED_LAYERS, SEARCHED_TOKENS = 1, 256
+SCORED = 200  # questions
 BITS = 4
 NARROW = {
     "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -101,6 +106,35 @@ def search_times(config: dict[str, Any], clock: Callable, end: float) -> dict[st
         except (OutOfTime, UserError, ImportError) as reason:
             found["left_out"][name] = str(reason)
     return found
+
+
+def evaluation_times(lab: Lab, repeats: int, clock: Callable, end: float) -> dict[str, Any]:
+    """Seconds of scoring SCORED test questions by a trained run of the profile in 16 bits at θ 0.5, "dense"
+    and "skip": with learned routes. "run" names it, "execution_ratio" is R.
+
+    Without a trained run, and for a task without choices, both are None, and "left_out" says why.
+    """
+    from qtale_lib import stages
+
+    found: dict[str, Any] = {"dense": None, "skip": None, "run": None, "left_out": None}
+    trained = [run for run in jobs.runs(lab.profile) if run.routed and run.task != "alpaca"]
+    trained = [run for run in trained if lab.find("finetune", **run_spec(run))]
+    trained = [run for run in trained if lab.files("finetune", run_spec(run)).is_dir()]
+    if not trained:
+        return {**found, "left_out": f"no trained run with choices of profile {lab.profile.name} is here"}
+    run = min(trained, key=lambda run: run.task != jobs.probed_task(lab.profile))
+    model, tokenizer = stages.prepared_model(lab, run, 16)
+    set_threshold(model, 0.5)
+    examples = lab.examples(run.task, lab.profile.evaluated)[:SCORED]
+    scored = {}
+
+    def score(mode: str) -> None:
+        set_execution(model, mode)
+        scored[mode] = evaluate_choices(model, tokenizer, examples, run.task, **stages.fitting(lab))
+
+    works = {mode: partial(score, mode) for mode in ("dense", "skip")}
+    found |= {"run": run.name, "questions": len(examples), **_interleaved(works, repeats, clock, end)}
+    return {**found, "execution_ratio": scored["skip"]["execution_ratio"]}
 
 
 def _search(model: PreTrainedModel, rows: list[list[int]]) -> None:

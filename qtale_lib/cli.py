@@ -350,6 +350,37 @@ def _text(value: Any) -> str:
 
 
 @app.command()
+def export(
+    profile: ProfileName = "tiny",
+    figure: Annotated[str | None, typer.Option(help="Its number, or its file's name.")] = None,
+    table: Annotated[str | None, typer.Option(help="Its number, or its file's name.")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="pdf, png, svg or pgf; latex, markdown or csv.")
+    ] = None,
+    width: Annotated[str | None, typer.Option(help="Of a figure, such as 3.25in or 8.25cm.")] = None,
+    font: Annotated[str | None, typer.Option(help="Of a figure: an installed family.")] = None,
+    size: Annotated[float | None, typer.Option(help="Of a figure's smallest text, in points.")] = None,
+    palette: Annotated[
+        str | None, typer.Option(help="okabe-ito, tol, grey, or five colours with commas between them.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(),
+) -> None:
+    """Draw a figure for a paper, or copy a table out, from a profile's results or the committed ones."""
+    if (figure is None) == (table is None):
+        raise UserError("Name one to export: --figure 3, or --table 1.")
+    from qtale_lib import exporting  # loads matplotlib
+
+    lab = Lab(profile)
+    if figure is not None:
+        look = exporting.Look(width and exporting.inches(width), font, size, palette)
+        written = exporting.export_figures(lab, figure, form or "pdf", look, out)
+    else:
+        written = exporting.export_tables(lab, table, form or "latex", out)
+    for path in written:
+        typer.echo(str(path))
+
+
+@app.command()
 def publish(profile: str) -> None:
     """Copy a finished profile's results, tables and figures to results/reference and figures/reference."""
     for path in publish_profile(Lab(profile)):
@@ -414,10 +445,10 @@ def bench(
     shape: Annotated[
         str, typer.Option(help="tinyllama-1.1b, llama-3.1-8b (GPU) or tiny.")
     ] = "tinyllama-1.1b",
-    parts: Annotated[str, typer.Option(help="What to time.")] = "passes,training,search",
+    parts: Annotated[str, typer.Option(help="What to time.")] = "passes,training,search,evaluation",
     prefill: Annotated[str | None, typer.Option(help="Prompt lengths, such as 32,512; or none.")] = None,
     decode: Annotated[str | None, typer.Option(help="Batches, such as 1,16; or none.")] = None,
-    formats: Annotated[str, typer.Option(help="Of the weights.")] = "bf16,int4",
+    formats: Annotated[str, typer.Option(help="Of the weights.")] = "bf16,int4,int4-head",
     ratios: Annotated[str, typer.Option(help="Shares of the routed layers that run.")] = "0.25,0.5,0.75,1",
     repeats: Annotated[int | None, typer.Option(help="Rounds over all variants.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens before the first decoded one.")] = None,
@@ -429,8 +460,8 @@ def bench(
     profile: ProfileName = "tiny",
     out: Annotated[Path | None, typer.Option(help="The JSON, if not in the profile's results.")] = None,
 ) -> None:
-    """Time skipping and packed weights beside the plain model and one with layers removed; a training step
-    and the AWQ search beside what they are held against.
+    """Time skipping and packed weights beside the plain model and one with layers removed; a training step,
+    the AWQ search and scoring beside what they are held against.
     """
     from qtale_lib.benchmark import Settings
     from qtale_lib.benchmark import bench as measure  # loads torch
@@ -441,11 +472,12 @@ def bench(
         formats=_listed("formats", formats, str), ratios=_listed("ratios", ratios, float),
         repeats=repeats, context=context, threads=threads, seconds=seconds, device=device,
     ).complete()  # fmt: skip
-    path = out or benchmark_report.folder(Lab(profile)) / f"{shape}.json"
+    lab = Lab(profile)
+    path = out or benchmark_report.folder(lab) / f"{shape}.json"
     _check_writable(path)
     unfinished = benchmark_report.unfinished(path)
     typer.echo(f"what is measured is kept, until all is, in {_short(unfinished.resolve())}")
-    result = measure(settings, typer.echo, partial(write_json, unfinished))
+    result = measure(settings, typer.echo, partial(write_json, unfinished), lab)
     write_json(path, result)
     unfinished.unlink(missing_ok=True)
     for table in benchmark_report.printed(result):

@@ -38,7 +38,7 @@ CSQA = TASKS[:7]
 METHODS: tuple[str, ...] = get_args(Method)
 BITS: tuple[int, ...] = get_args(Bits)
 MOST_SEEDS = 1000
-LABELS = ("name", "extends")  # what a profile is called says nothing about its results
+LABELS = ("name", "extends", "compute")  # what it is called, and how it is computed, say nothing of results
 
 
 def _distinct(values: tuple) -> tuple:
@@ -96,6 +96,8 @@ class Training(Section):
 
     rate_loss: "per_token" pins each token's ratio (D-LLM's code), "mean" the average alone (Eq. 4).
     save_steps: optimizer steps between checkpoints from which a killed run goes on; null keeps none.
+    gate_noise: "stream" draws the gates' noise as it comes; "keyed" from seed, step and row, whatever process
+        has the row, which several processes need.
     """
 
     epochs: Count
@@ -115,6 +117,20 @@ class Training(Section):
     ]
     rate_loss: Literal["per_token", "mean"]
     tau: Positive
+    gate_noise: Literal["stream", "keyed"]
+
+
+class Compute(Section):
+    """How a fine-tuning is computed: none of it changes its numbers, but for rounding.
+
+    processes: of one fine-tuning, each with a GPU of its own, or a core; they share the batch.
+    shard: spread the model's weights over the processes (FSDP), where it does not fit into each.
+    gradient_checkpointing: compute activations twice, to hold fewer.
+    """
+
+    processes: Count
+    shard: Annotated[bool, Field(strict=True, description="true or false")]
+    gradient_checkpointing: Annotated[bool, Field(strict=True, description="true or false")]
 
 
 class Lora(Section):
@@ -235,6 +251,7 @@ class Profile(Section):
     prompt: Literal["compact", "dllm"]
     dtype: Literal["float32", "bfloat16"]
     training: Training
+    compute: Compute
     lora: Lora
     routing: Routing
     quantization: Quantization

@@ -22,7 +22,7 @@ from qtale_lib.config import Profile, load_profile
 from qtale_lib.data import Example, Loaded, data_hash, read_task, subset
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, expected_seconds
-from qtale_lib.pool import Outcome, Task, run_tasks, worker_slots
+from qtale_lib.pool import Outcome, PutOff, Task, run_tasks, worker_slots
 from qtale_lib.preflight import check, check_fit
 from qtale_lib.progress import watcher
 from qtale_lib.provenance import ROOT, Stopwatch
@@ -39,6 +39,8 @@ SPLITS_READ = {
     "threshold": ("calibration",),
 }
 READ_ONLY = "QTALE_READ_ONLY"
+PATIENCE = 1.0  # seconds to wait for another process, before other jobs are looked at
+SMALL_BYTES = 2**28  # a base below leaves a GPU idle most of the time: several workers share it
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
 UNUSED = {"full": ONLY_ROUTED, "noisy_full": ONLY_ROUTED, "dllm": ("lambda2",), "qtale": ()}
@@ -303,7 +305,8 @@ class Lab:
         missing = [job for job in wanted if not self.is_done(job)]
         if not missing:
             return []
-        slots = worker_slots(len(missing), check_fit(self, missing))
+        small = self.base()["bytes"] < SMALL_BYTES
+        slots = worker_slots(len(missing), check_fit(self, missing), small)
         tasks = [self._task(job) for job in missing]
         with watcher(tasks, len(slots)) as watching:
             return run_tasks(tasks, slots, watching)
@@ -334,14 +337,21 @@ class Lab:
 
 
 def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], None]) -> None:
-    from qtale_lib import stages  # torch is loaded in the workers only
+    """Do a job; PutOff if another process is at it."""
+    lab = Lab(profile, root)
+    with lab.store.job_lock(job.name, PATIENCE) as held:
+        if not held:
+            raise PutOff
+        from qtale_lib import stages  # torch is loaded in the workers only
 
-    stages.perform(Lab(profile, root), job, report)
+        stages.perform(lab, job, report)
 
 
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
     """Without what has no effect on the numbers of a method, so that a new λ2 retrains only "qtale"."""
     dropped = {*WITHOUT_EFFECT, *UNUSED[method]}
+    if method == "full" or settings["training"]["gate_noise"] == "stream":  # keys as before "keyed"
+        dropped.add("gate_noise")
     settings["training"] = {
         name: value for name, value in settings["training"].items() if name not in dropped
     }

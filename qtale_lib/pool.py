@@ -1,7 +1,8 @@
-"""A pool of processes that outlives its workers: one per core on CPU, one per GPU otherwise.
+"""A pool of processes that outlives its workers: one per core on CPU, one or more per GPU otherwise.
 
-Tasks wait for the tasks they build on; among the ready ones the longest goes first. A task that fails, or
-whose process is killed, is reported and takes only the tasks that build on it along.
+Tasks wait for the tasks they build on; among the ready ones the longest goes first, and those last that
+another process was found at. A task that fails, or whose process is killed, is reported and takes only the
+tasks that build on it along.
 Workers die with their parent.
 """
 
@@ -23,6 +24,7 @@ from qtale_lib.errors import UserError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GRACE_SECONDS = 5.0
+PUT_OFF = "put off"
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,13 @@ class Task:
     rank: int = 0
 
 
+class PutOff(Exception):
+    """Raised by a task's work if another process is at it: it is tried again after all that are ready."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended: "done", "failed" or "skipped" (something it builds on failed).
+    """How a task ended: "done", "failed" or "skipped" (something it builds on failed); "put off" is no end.
 
     refused: it failed by a UserError, whose sentence is `error`.
     """
@@ -72,6 +78,9 @@ class Watcher(Protocol):
     def progressed(self, task: Task, fraction: float) -> None:
         """The task reported the share of it that is done."""
 
+    def put_off(self, task: Task) -> None:
+        """The task was given back, to be tried again later."""
+
     def ended(self, task: Task, outcome: Outcome) -> None:
         """The task is over, one way or another."""
 
@@ -87,6 +96,11 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: W
     workers: list[_Worker | None] = [None] * min(len(slots), len(tasks))
 
     def finish(task: Task, outcome: Outcome) -> None:
+        if outcome.status == PUT_OFF:
+            rank = 1 + max(other.rank for other in (task, *pending.values()))
+            pending[task.name] = replace(task, rank=rank)
+            watcher.put_off(task)
+            return
         outcomes[task.name] = outcome
         watcher.ended(task, outcome)
 
@@ -107,17 +121,23 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: W
     return list(outcomes.values())
 
 
-def worker_slots(tasks: int, worker_bytes: float = 0) -> list[dict[str, str]]:
+def worker_slots(tasks: int, worker_bytes: float = 0, small: bool = False) -> list[dict[str, str]]:
     """Environments of the workers: one per GPU, else one per core with one thread, as memory allows.
 
     worker_bytes: the most that one holds; what not even one can hold is refused earlier (preflight.py).
+    small: a GPU takes as many workers as cores and its memory allow.
     """
-    gpus = machine.gpus()
-    if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": gpu.id} for gpu in gpus[:tasks]]
     now = machine.look()
-    room = int(now.free // worker_bytes) if worker_bytes else tasks
-    return [dict.fromkeys(THREAD_VARIABLES, "1")] * max(1, min(now.cores, room, tasks))
+    gpus = now.gpus
+    if gpus and not small:
+        return [{"CUDA_VISIBLE_DEVICES": gpu.id} for gpu in gpus[:tasks]]
+    threads = dict.fromkeys(THREAD_VARIABLES, "1")
+    if gpus:
+        room = int(min(gpu.free for gpu in gpus) // max(worker_bytes, 1))
+        share = max(1, min(now.cores // len(gpus), room))
+        return [{"CUDA_VISIBLE_DEVICES": gpu.id, **threads} for _ in range(share) for gpu in gpus][:tasks]
+    room = int(now.free // max(worker_bytes, 1))
+    return [threads] * max(1, min(now.cores, room, tasks))
 
 
 def _doomed(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> list[Task]:
@@ -158,7 +178,7 @@ def _listen(worker: _Worker, watcher: Watcher, finish: Callable) -> _Worker | No
                 continue
             worker.task = None
             seconds = time.monotonic() - worker.started
-            finish(task, Outcome(task.name, "failed" if value else "done", seconds, *(value or ())))
+            finish(task, Outcome(task.name, kind, seconds, *value))
             return worker
         if worker.process.is_alive():
             return worker
@@ -199,7 +219,7 @@ def _serve(connection: Connection, slot: dict[str, str]) -> None:
             work, arguments = connection.recv()
         except EOFError:
             return
-        connection.send(("end", _attempt(work, arguments, lambda done: connection.send(("progress", done)))))
+        connection.send(_attempt(work, arguments, lambda done: connection.send(("progress", done))))
 
 
 def _dismiss(workers: list[_Worker]) -> None:
@@ -213,14 +233,19 @@ def _dismiss(workers: list[_Worker]) -> None:
         worker.process.kill()
 
 
-def _attempt(work: Callable[..., Any], arguments: tuple[Any, ...], report: Callable[[float], None]) -> Any:
+def _attempt(
+    work: Callable[..., Any], arguments: tuple[Any, ...], report: Callable[[float], None]
+) -> tuple[str, tuple[Any, ...]]:
+    """An outcome's status, and its error, detail and refused."""
     try:
         work(*arguments, report)
+    except PutOff:
+        return PUT_OFF, ()
     except UserError as error:
-        return str(error), "", True
+        return "failed", (str(error), "", True)
     except Exception as error:
-        return f"{type(error).__name__}: {error}", traceback.format_exc()
-    return None
+        return "failed", (f"{type(error).__name__}: {error}", traceback.format_exc())
+    return "done", ()
 
 
 def _die_with_parent() -> None:

@@ -223,7 +223,7 @@ def workloads(lab: Lab, jobs: Sequence[Job]) -> list[Workload]:
 
 
 def check_fit(lab: Lab, jobs: Sequence[Job]) -> float:
-    """The most memory that a worker on the jobs is estimated to hold, in bytes.
+    """The most that a worker on the jobs is estimated to hold of memory, or of its GPU's, in bytes.
 
     Raises:
         UserError: if this machine has less, saying by how much.
@@ -240,7 +240,7 @@ def check_fit(lab: Lab, jobs: Sequence[Job]) -> float:
     host = memory.PROCESS["cpu"] + memory.base_bytes(shape, profile)
     if now.gpus and host > now.free:
         raise _too_large(f"profile {profile.name}: loading the base", host, "memory", now.free)
-    return max(stage.peak for stage in stages)
+    return max(stage.peak for stage in stages) + (memory.CONTEXT if now.gpus else 0)
 
 
 def check_stage(profile: Profile, stage: Stage, now: Machine) -> None:

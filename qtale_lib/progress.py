@@ -54,6 +54,7 @@ class PlainWatcher:
 
     def __init__(self, tasks: Sequence[Task], workers: int) -> None:
         self.forecast, self.count, self.over = Forecast(tasks, workers), len(tasks), 0
+        self.awaited: set[str] = set()
 
     def __enter__(self) -> PlainWatcher:
         self.say(f"{self.count} jobs, {self.forecast.workers} at a time")
@@ -69,6 +70,13 @@ class PlainWatcher:
     def progressed(self, task: Task, fraction: float) -> None:
         """The task is so far."""
         self.forecast.progressed(task, fraction)
+
+    def put_off(self, task: Task) -> None:
+        """Another process is at the task: said once."""
+        self.forecast.progressed(task, 0.0)
+        if task.name not in self.awaited:
+            self.awaited.add(task.name)
+            self.say(f"{task.name}: another process is at it; it comes last here")
 
     def ended(self, task: Task, outcome: Outcome) -> None:
         """The task is over: say how, and how long the rest will take."""
@@ -119,12 +127,20 @@ class BarWatcher(PlainWatcher):
         self.progress.update(self.bars[task.name], completed=fraction)
         self._move()
 
+    def put_off(self, task: Task) -> None:
+        """Take its bar away."""
+        self._remove_bar(task)
+        super().put_off(task)
+
     def ended(self, task: Task, outcome: Outcome) -> None:
         """Take its bar away and print its line."""
-        if task.name in self.bars:
-            self.progress.remove_task(self.bars.pop(task.name))
+        self._remove_bar(task)
         super().ended(task, outcome)
         self._move()
+
+    def _remove_bar(self, task: Task) -> None:
+        if task.name in self.bars:
+            self.progress.remove_task(self.bars.pop(task.name))
 
     def _move(self) -> None:
         done = self.all_cost - sum(self.forecast.left.values())

@@ -34,9 +34,17 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Hidden states [..., d] of any float type -> logits [..., 2] in the router's own (float32)."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            reduced = self.norm(self.reduce(hidden_states.to(self.reduce.weight.dtype)))
-            return self.score(nn.functional.silu(reduced))
+        kind = hidden_states.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self._scores(hidden_states)
+        return self._scores(
+            hidden_states
+        )  # entering autocast costs a decoded token as much as a small product
+
+    def _scores(self, hidden_states: Tensor) -> Tensor:
+        reduced = self.norm(self.reduce(hidden_states.to(self.reduce.weight.dtype)))
+        return self.score(nn.functional.silu(reduced))
 
     def _apply(self, fn, recurse=True):
         """Move with the model but lose no precision: `model.to(torch.bfloat16)` leaves routers in float32."""
@@ -96,7 +104,8 @@ def decide(logits: Tensor, theta: float = 0.5) -> Tensor:
 
     Decided on the logit gap, which does not saturate; at theta = 0 all execute. [..., 2] -> bool [...].
     """
-    return (logits[..., EXECUTE] - logits[..., BYPASS]) >= threshold_shift(theta)
+    by_choice = logits.unbind(-1)
+    return (by_choice[EXECUTE] - by_choice[BYPASS]) >= threshold_shift(theta)
 
 
 def flip_probability(logits: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class Claimed:
 class Chosen:
     """Which of B × T tokens run, N of them.
 
-    flat, row, column: int64 [N], row by row.
+    flat, row, column: int64 [N], row by row; rank: [N], a token's number among those of its row.
     counts: int64 [B], how many of each row; most: the greatest of them.
     ends: filled cache slots of each row afterwards.
     even: all rows have as many, now and in the cache.
@@ -113,6 +113,7 @@ class Chosen:
     flat: Tensor
     row: Tensor
     column: Tensor
+    rank: Tensor
     counts: Tensor
     ends: list[int]
     most: int
@@ -132,12 +133,12 @@ def _choose(executed: Tensor, store: ExecutedLayer | None) -> Chosen | None:
     if not any(counted):
         return None
     flat = executed.flatten().nonzero_static(size=sum(counted))[:, 0]
-    row = flat // length
+    row, rank = flat // length, executed.cumsum(1).flatten()[flat] - 1
     ends = [new + old for new, old in zip(counted, filled, strict=True)]
     if store is not None:
         store.measured(filled)
     even = len(set(counted)) == len(set(filled)) == 1
-    return Chosen(flat, row, flat - row * length, counts, ends, max(counted), even)
+    return Chosen(flat, row, flat - row * length, rank, counts, ends, max(counted), even)
 
 
 # Every row runs as many tokens: the layer runs as it is, on a shorter batch.
@@ -175,9 +176,7 @@ def _run_batch(
 
 
 def _run_ragged(step: Step, hidden_states: Tensor, chosen: Chosen) -> Tensor:
-    total = len(chosen.flat)
-    starts = chosen.counts.cumsum(0) - chosen.counts
-    rank = torch.arange(total, device=starts.device) - starts[chosen.row]
+    total, rank = len(chosen.flat), chosen.rank
     rows = Rows(len(hidden_states), chosen.most, chosen.row, rank, step.eager)
     store = ExecutedLayer() if step.store is None else step.store
     stored, positions = store.longest, step.positions[chosen.column]

@@ -17,9 +17,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 SCHEMA = 1
+POLL = 0.1  # seconds between two looks at a lock
 DAY = 24 * 3600.0  # seconds; no writer of one file lives that long
 
 
@@ -107,12 +108,28 @@ def _finite(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the system releases it when its holder dies, however it dies."""
+def locked(path: Path, patience: float | None = None) -> Iterator[bool]:
+    """Hold an exclusive lock on a file; the system releases it when its holder dies, however it dies.
+
+    patience: seconds after which it is given up; None waits as long as it takes. Yields whether it is held.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as handle:
+        yield _lock(handle, patience)
+
+
+def _lock(handle: IO[str], patience: float | None) -> bool:
+    if patience is None:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        return True
+    end = time.monotonic() + patience
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL)
 
 
 class Store:
@@ -147,6 +164,10 @@ class Store:
         if (files := self.files(kind, name, key)).exists():
             shutil.rmtree(files)
 
-    def lock(self, kind: str, name: str, key: str) -> contextlib.AbstractContextManager[None]:
+    def job_lock(self, name: str, patience: float) -> contextlib.AbstractContextManager[bool]:
+        """The lock of all that a job computes: whoever holds it is at that job."""
+        return locked(self.root / "locks" / f"job-{name}", patience)
+
+    def lock(self, kind: str, name: str, key: str) -> contextlib.AbstractContextManager[bool]:
         """The lock under which one result is computed; look again for the result after taking it."""
         return locked(self.root / "locks" / f"{kind}-{name}-{key}")

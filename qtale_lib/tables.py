@@ -238,7 +238,7 @@ def _other_settings(lab: Lab, provenance: dict[str, Any]) -> list[str]:
     here, there = _dotted(lab.profile.model_dump(mode="json")), _dotted(provenance["profile"])
     other = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     same_base = lab.base()["sha256"] == provenance["base"]["sha256"]
-    names = [key for key in other if key not in (*LABELS, "base", "revision")]
+    names = [key for key in other if key.split(".")[0] not in (*LABELS, "base", "revision")]
     return names if same_base else ["base", *names]
 
 

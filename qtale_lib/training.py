@@ -128,14 +128,16 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> RoutedTrainer:
     """The Trainer of one run, silent on the console."""
+    keyed = profile.training.gate_noise == "keyed"
     trainer = RoutedTrainer(
         model=model,
         args=trainer_arguments(profile, seed, len(rows), directory),
-        train_dataset=rows,
+        train_dataset=[{**row, "example": number} for number, row in enumerate(rows)] if keyed else rows,
         data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id or 0),
         callbacks=callbacks,
         objective=Objective.of(method, profile.training),
         router_lr=profile.training.router_lr,
+        keyed=keyed,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -145,10 +147,11 @@ def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -
     """Trainer's arguments for a profile's recipe: no clipping, no reporters, no console, resumable saves."""
     recipe = profile.training
     steps = planned_steps(recipe, rows, profile.max_steps)
+    batch_size, accumulation = share_of_batch(profile)
     return TrainingArguments(
         output_dir=str(directory / CHECKPOINTS),
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         num_train_epochs=recipe.epochs,
         max_steps=profile.max_steps or -1,
         learning_rate=recipe.lr,
@@ -170,6 +173,29 @@ def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -
         save_steps=recipe.save_steps or 500,
         report_to=[],
         disable_tqdm=True,
+        gradient_checkpointing=profile.compute.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        ddp_backend="gloo" if profile.compute.processes > 1 and not torch.cuda.is_available() else None,
+    )
+
+
+def share_of_batch(profile: Profile) -> tuple[int, int]:
+    """(batch size, accumulation) of each process, so that all of them together have the recipe's batch.
+
+    Raises:
+        UserError: if the processes cannot share it evenly, or their gates' noise would not be one model's.
+    """
+    recipe, processes = profile.training, profile.compute.processes
+    if processes > 1 and recipe.gate_noise != "keyed":
+        raise profile.refusal("training.gate_noise", 'must be "keyed" where compute.processes is above 1')
+    if recipe.gradient_accumulation % processes == 0:
+        return recipe.batch_size, recipe.gradient_accumulation // processes
+    if recipe.batch_size % processes == 0:
+        return recipe.batch_size // processes, recipe.gradient_accumulation
+    raise profile.refusal(
+        "compute.processes",
+        f"divides neither batch_size {recipe.batch_size} nor gradient_accumulation "
+        f"{recipe.gradient_accumulation}; use a number that does",
     )
 
 

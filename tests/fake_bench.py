@@ -7,8 +7,8 @@ from typing import Any
 from qtale_lib.benchmark_report import SCHEMA, targets
 
 ALWAYS_RUN, ROUTED = 2, 8
-PASS = {"bf16": 100.0, "int4": 40.0}  # milliseconds of the plain model's pass
-SLOWER = {"plain": 1.0, "ideal": 1.0, "open": 1.05, "random": 1.08, "layerwise": 1.04}
+PASS = {"bf16": 100.0, "int4": 40.0, "int4-head": 30.0}  # milliseconds of the plain model's pass
+SLOWER = {"plain": 1.0, "ideal": 1.0, "fewer rows": 0.9, "open": 1.05, "random": 1.08, "layerwise": 1.04}
 FULL = 1000  # bytes of a full cache, by row or token
 
 
@@ -18,7 +18,8 @@ def made_up(prefill=(512,), decode=(1, 16), shape: str = "tinyllama-1.1b", **cha
     result = {
         "schema": SCHEMA,
         "settings": {
-            "parts": ["passes", "training", "search"], "prefill": list(prefill), "decode": list(decode),
+            "parts": ["passes", "training", "search", "evaluation"],
+            "prefill": list(prefill), "decode": list(decode),
             "repeats": 3, "context": 32,
         },
         "shape": {"name": shape, "routed_layers": ROUTED, "config": {"num_hidden_layers": 10}},
@@ -38,6 +39,10 @@ def made_up(prefill=(512,), decode=(1, 16), shape: str = "tinyllama-1.1b", **cha
             "native": {"seconds": 0.5}, "autoawq": {"seconds": 1.0},
             "layers": 1, "tokens": 64, "left_out": {},
         },
+        "evaluation": {
+            "dense": {"seconds": 3.2}, "skip": {"seconds": 2.0}, "run": "arc_easy.dllm.s0", "questions": 200,
+            "execution_ratio": 0.5, "left_out": None,
+        },
         "provenance": {"finished_at": "2026-01-01T00:00:00+00:00", "git_commit": "0" * 40},
         "finished": True,
         **changes,
@@ -47,15 +52,16 @@ def made_up(prefill=(512,), decode=(1, 16), shape: str = "tinyllama-1.1b", **cha
 
 def stopped(decode=(1,), shape: str = "tinyllama-1.1b", **changes: Any) -> dict[str, Any]:
     """A result of whose blocks only those of `decode` were measured before it was stopped."""
-    asked = made_up()["settings"]
-    return made_up((), decode, shape, settings=asked, training=None, search=None, finished=False, **changes)
+    asked, missing = made_up()["settings"], dict.fromkeys(("training", "search", "evaluation"))
+    return made_up((), decode, shape, settings=asked, **missing, finished=False, **changes)
 
 
 def rows(phase: str, size: int, form: str) -> list[dict[str, Any]]:
     """The rows of one cell: a pass costs as many layers as it runs, and a little more with routes."""
     found = [row(phase, size, form, "plain", ROUTED), row(phase, size, form, "open", ROUTED)]
     for kept in (2, 4, 6):
-        found += [row(phase, size, form, variant, kept) for variant in ("ideal", "random", "layerwise")]
+        kinds = ["ideal", "random", "layerwise", *(["fewer rows"] if phase == "decode" and size > 1 else [])]
+        found += [row(phase, size, form, variant, kept) for variant in kinds]
     routers = {"kept": None, "ratio": None, "execution_ratio": None, "kv_bytes": None, "kv_filled": None}
     return [*found, {**row(phase, size, form, "routers", 0), **routers}]
 

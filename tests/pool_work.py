@@ -12,7 +12,8 @@ from qtale_lib.config import Profile
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Run, all_jobs
 from qtale_lib.lab import Lab, run_spec
-from qtale_lib.pool import Outcome, Task, Watcher
+from qtale_lib.pool import Outcome, PutOff, Task, Watcher, run_tasks
+from qtale_lib.progress import PlainWatcher
 from qtale_lib.store import locked
 
 
@@ -38,11 +39,35 @@ def die(report: Callable[[float], None]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hold(path: Path, held) -> None:
-    """Keep a lock for a minute."""
+def hold(path: Path, held, seconds: float = 60.0) -> None:
+    """Keep a lock for so long."""
     with locked(path):
         held.set()
-        time.sleep(60)
+        time.sleep(seconds)
+
+
+def note_if_free(lock: Path, path: Path, text: str, report: Callable[[float], None]) -> None:
+    """Write a line, or leave it for later while another process holds the lock."""
+    with locked(lock, 0.2) as held:
+        if not held:
+            raise PutOff
+        note(path, text, report)
+
+
+def take_part(folder: Path, names: str, who: str) -> None:
+    """Do tasks that another process does too, one at a time."""
+    tasks = [Task(name, once_among_processes, (folder, name, who)) for name in names]
+    run_tasks(tasks, [{}], PlainWatcher(tasks, 1))
+
+
+def once_among_processes(folder: Path, name: str, who: str, report: Callable[[float], None]) -> None:
+    """What a job of the lab does: nothing if it is done, nothing yet if another process is at it."""
+    with locked(folder / f"{name}.lock", 0.1) as held:
+        if not held:
+            raise PutOff
+        if not (folder / name).exists():
+            time.sleep(0.5)
+            note(folder / name, who, report)
 
 
 def compute_slowly(settings: Profile, root: Path, counter: Path) -> None:

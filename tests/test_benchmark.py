@@ -23,6 +23,8 @@ from qtale_lib.adaptive import record_routes
 from qtale_lib.benchmark import Cell, Settings, Subject, Variant
 from qtale_lib.benchmark_budget import Budget, Deadline, OutOfTime, rounds
 from qtale_lib.benchmark_models import (
+    FORMATS,
+    HEAD_BITS,
     Family,
     draw_routes,
     kept_layers,
@@ -34,6 +36,7 @@ from qtale_lib.benchmark_models import (
 )
 from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
+from qtale_lib.quantization.packed_linear import PackedLinear
 from qtale_lib.store import read_json, write_json
 
 SIZES = {
@@ -51,9 +54,10 @@ def plain():
     return random_model(SIZES, "cpu")
 
 
-@pytest.fixture(scope="module", params=["bf16", "int4"])
+@pytest.fixture(scope="module", params=FORMATS)
 def family(plain, request):
-    return Family(packed_copy(plain) if request.param == "int4" else plain, [1, 2, 4])
+    form = request.param
+    return Family(plain if form == "bf16" else packed_copy(plain, HEAD_BITS[form]), [1, 2, 4])
 
 
 def subject(family: Family, kind: str, kept: int | None) -> Subject:
@@ -61,6 +65,21 @@ def subject(family: Family, kind: str, kept: int | None) -> Subject:
 
 
 # The models.
+
+
+def test_the_head_is_packed_where_the_format_says_so(plain):
+    heads = [packed_copy(plain, bits).lm_head for bits in HEAD_BITS.values()]
+    assert [isinstance(head, PackedLinear) for head in heads] == [bits == 4 for bits in HEAD_BITS.values()]
+
+
+@pytest.mark.parametrize(("size", "kept", "rows"), [(16, 2, 8), (16, 1, 4), (2, 1, 1)])
+def test_fewer_rows_are_the_share_that_executes(plain, size, kept, rows):
+    cell, runs = Cell("decode", size, 4, 70, "cpu"), subject(Family(plain, [kept]), "fewer rows", kept)
+    cell.warm_up(runs)
+    assert runs.cache.layers[0].keys.shape[0] == rows and runs.model is runs.family.plain
+    assert cell.measures(runs.variant)
+    assert not Cell("decode", 1, 4, 70, "cpu").measures(runs.variant)
+    assert not Cell("prefill", 16, 4, 70, "cpu").measures(runs.variant)
 
 
 @pytest.mark.parametrize("kind", ["random", "layerwise", "open"])
@@ -161,6 +180,16 @@ def test_weights_read_are_those_of_the_layers_executed(plain):
     assert weight_bytes(packed_copy(plain), 4) < 0.3 * 6 * layer + head
 
 
+# Scoring; a trained run of it is timed in test_end_to_end.py.
+
+
+def test_scoring_is_left_out_without_a_trained_run(tmp_path):
+    times = benchmark_work.evaluation_times(Lab("smoke", tmp_path), 1, CLOCK, math.inf)
+    assert times["dense"] is None and "no trained run" in times["left_out"]
+    table = benchmark_report.target_table(made_up(evaluation=times))
+    assert any("Scoring was left out" in note for note in table.notes)
+
+
 # A whole run.
 
 
@@ -220,12 +249,13 @@ def test_the_result_is_whole_and_readable(result, tmp_path):
         ("routers", None),
     }
     found = {(r["phase"], r["size"], r["format"], r["variant"], r["ratio"]) for r in read["times"]}
-    assert found == {(*cell, form, *kind) for cell in cells for form in ("bf16", "int4") for kind in kinds}
+    expected = {(*cell, form, *kind) for cell in cells for form in FORMATS for kind in kinds}
+    assert found == expected | {("decode", 2, form, "fewer rows", 0.5) for form in FORMATS}
     for row in read["times"]:
         assert 0 < row["low"] <= row["seconds"] <= row["high"]
         assert row["count"] == (2 if row["phase"] == "prefill" else 2 * benchmark.STEPS)
     assert read["machine"]["threads"] == 1 and read["machine"]["memory_bytes"] > 2**28
-    assert read["memory"]["file"] > 10**4 and len(read["targets"]) == 15
+    assert read["memory"]["file"] > 10**4 and len(read["targets"]) == 18
     assert read["search"] is None and read["training"]["tokens"] == 128
     for name in ("plain", "routed"):
         taken = read["training"][name]
@@ -262,7 +292,7 @@ def test_a_training_step_leaves_the_shared_model_alone(plain):
 def test_both_awq_searches_are_timed_over_one_layer_and_few_tokens():
     times = benchmark_work.search_times(SIZES, CLOCK, math.inf)
     assert times["native"]["seconds"] > 0 and times["autoawq"]["seconds"] > 0
-    assert (times["layers"], times["tokens"], times["left_out"]) == (1, 64, {})
+    assert (times["layers"], times["tokens"], times["left_out"]) == (1, benchmark_work.SEARCHED_TOKENS, {})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="autoawq is installed on Linux only")
@@ -349,8 +379,13 @@ def test_targets_follow_from_the_numbers():
     assert measured(result, "decode, batch 16: all gates") == (1.05, True)
     assert measured(result, "decode, batch 1: bf16 by int4") == (2.5, True)
     assert measured(result, "decode, batch 1: bf16 plain by int4") == (2.5 / (0.6 * 1.08), True)
-    assert measured(result, "the same, hoped for") == (2.5 / (0.6 * 1.08), False)
+    assert measured(result, "the same with lm_head in 4 bits") == (100 / 30 / (0.6 * 1.08), True)
+    assert measured(result, "decode, batch 16: half the routed layers by") == (1.04, True)
+    own = "decode, batch 16: half the routed layers of each row's own by"
+    assert measured(result, f"{own} those removed") == (1.08, True)
+    assert measured(result, f"{own} all layers on half the rows") == (1.08 / 0.9, None)
     assert measured(result, "memory that loading") == (1.1, True)
+    assert measured(result, "scoring with learned routes") == (1.6, True)
     assert measured(result, "KV bytes") == (0.0, True)
     share = {"routers": 0.2 * 0.1, "random": 0.6 * 1.08}
     assert measured(result, "decode, batch 1: the routers' share") == (
@@ -362,32 +397,33 @@ def test_targets_follow_from_the_numbers():
 @pytest.mark.parametrize(
     ("changes", "left"),
     [
-        ({"prefill": (), "decode": (1,)}, 10),
-        ({"prefill": (512,), "decode": ()}, 6),
-        ({"prefill": (), "decode": (), "memory": None}, 2),
-        ({"training": None, "search": None}, 13),
-        ({"memory": {"file": 10, "added": None, "group": 128}}, 14),
+        ({"prefill": (), "decode": (1,)}, 11),
+        ({"prefill": (512,), "decode": ()}, 7),
+        ({"prefill": (), "decode": (), "memory": None}, 3),
+        ({"training": None, "search": None, "evaluation": None}, 15),
+        ({"memory": {"file": 10, "added": None, "group": 128}}, 17),
     ],
 )
 def test_what_was_not_measured_is_neither_met_nor_missed(changes, left):
     rows = made_up(**changes)["targets"]
-    assert len(rows) == 15 and sum(row["measured"] is not None for row in rows) == left
+    assert len(rows) == 18 and sum(row["measured"] is not None for row in rows) == left
     assert all(row["met"] is None for row in rows if row["measured"] is None)
     verdicts = benchmark_report.target_table(made_up(**changes)).text.verdict
-    assert (verdicts == "not measured here").sum() == 15 - left
+    assert (verdicts == "not measured here").sum() == 18 - left
 
 
 def test_a_search_that_was_left_out_is_named_with_its_reason():
     search = {"native": {"seconds": 0.5}, "autoawq": None, "layers": 1, "tokens": 64}
     table = benchmark_report.target_table(made_up(search={**search, "left_out": {"autoawq": "no time"}}))
-    assert table.text.verdict.iloc[-1] == "not measured here"
+    verdict = table.text.set_index("target").verdict["AWQ search: ours by autoawq's"]
+    assert verdict == "not measured here"
     assert "autoawq's search was left out: no time." in table.notes
     sizes = [note for note in table.notes if "1 of the shape's layers in float32, on 64" in note]
     assert len(sizes) == 1
 
 
 def test_an_unfinished_result_says_what_it_lacks_and_a_finished_one_nothing():
-    lacks = "decode, batch 16; prefill 512; the training step; the AWQ search"
+    lacks = "decode, batch 16; prefill 512; the training step; the AWQ search; scoring"
     for result, said in ((stopped(), True), (made_up(), False)):
         setting = benchmark_report.setting_table(result).text
         assert (setting.setting.iloc[0] == "unfinished" and lacks in setting.value.iloc[0]) is said
@@ -405,7 +441,7 @@ def test_the_roofline_is_bytes_by_the_pace_of_a_copy():
     frame = benchmark_report.roofline_frame(made_up())
     row = frame[(frame["format"] == "bf16") & (frame.variant == "plain")].iloc[0]
     assert row.floor == pytest.approx(1000 * 10**9 / 1e10) and row.ms == pytest.approx(100)
-    assert len(frame) == 8
+    assert len(frame) == 12
 
 
 # The command line, and where a profile's benchmarks lie.
@@ -415,7 +451,10 @@ def test_the_roofline_is_bytes_by_the_pace_of_a_copy():
     ("given", "sentence"),
     [
         (["--shape", "huge"], 'There is no shape "huge"'),
-        (["--parts", "passes,rest"], '--parts (= "passes,rest") must be among passes, training, search'),
+        (
+            ["--parts", "passes,rest"],
+            '--parts (= "passes,rest") must be among passes, training, search, evaluation',
+        ),
         (["--formats", "int3"], '--formats (= "int3") must be among bf16, int4'),
         (["--ratios", "0,1"], "--ratios must lie above 0"),
         (["--ratios", "half"], '--ratios (= "half") must be numbers'),
@@ -463,11 +502,11 @@ def test_options_choose_a_part(monkeypatch, tmp_path):
 
 
 def test_what_was_measured_before_a_kill_is_kept_and_an_earlier_result_too(monkeypatch, tmp_path):
-    def killed(settings, say, keep):
+    def killed(settings, say, keep, lab):
         keep(stopped())
         raise KeyboardInterrupt
 
-    def whole(settings, say, keep):
+    def whole(settings, say, keep, lab):
         keep(stopped())
         keep(made_up())
         return made_up()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import nbformat
 import pytest
 
 from qtale_lib import publishing
+from qtale_lib.benchmark import seconds
+from qtale_lib.benchmark_work import evaluation_times
 from qtale_lib.config import load_profile
 from qtale_lib.jobs import RULES
 from qtale_lib.lab import Lab
@@ -113,6 +117,13 @@ def test_again_it_computes_and_executes_nothing(lab, places):
     again = run(places)
     assert again.returncode == 0 and "0 jobs, 18 there already" in again.stdout
     assert f"0 executed, {len(NOTEBOOKS)} up to date" in again.stdout
+
+
+def test_scoring_by_a_trained_run_is_timed_dense_and_skipping(lab):
+    times = evaluation_times(lab, 2, partial(seconds, device="cpu"), math.inf)
+    assert times["run"] == "arc_easy.dllm.s0" and 0 < times["questions"] <= 200
+    assert 0 < times["execution_ratio"] < 1 and times["left_out"] is None
+    assert all(times[mode]["count"] == 2 and times[mode]["seconds"] > 0 for mode in ("dense", "skip"))
 
 
 def test_a_finished_profile_is_published_without_its_bulk(lab, tmp_path):

@@ -15,7 +15,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pool_work import compute_everything, compute_slowly, die, fail, hold, note, refuse, run_here
+from pool_work import (
+    compute_everything,
+    compute_slowly,
+    die,
+    fail,
+    hold,
+    note,
+    note_if_free,
+    refuse,
+    run_here,
+    take_part,
+)
 from small_run import llama, profile, save_base
 
 from qtale_lib import jobs, pool, stages
@@ -125,6 +136,9 @@ class Silent:
     def progressed(self, task, fraction):
         self.shares.append((task.name, fraction))
 
+    def put_off(self, task):
+        self.shares.append((task.name, None))
+
     def ended(self, task, outcome): ...
 
 
@@ -163,14 +177,39 @@ def test_the_longest_ready_task_goes_first(tmp_path):
     assert watcher.begun == ["now", "long", "middle", "short"]
 
 
+def test_a_task_that_another_process_is_at_comes_last_and_is_done_when_that_is_over(tmp_path):
+    context, log, watcher = multiprocessing.get_context("spawn"), tmp_path / "log", Silent()
+    held = context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "lock", held, 3.0), daemon=True)
+    other.start()
+    assert held.wait(30)
+    tasks = [
+        Task("held", note_if_free, (tmp_path / "lock", log, "held"), cost=9),
+        Task("child", note, (log, "child"), after=("held",), cost=8),
+        *(Task(name, note, (log, name)) for name in "abc"),
+    ]
+    outcomes = run_tasks(tasks, TWO[:1], watcher)
+    assert [outcome.status for outcome in outcomes] == ["done"] * 5
+    assert log.read_text().split() == ["a", "b", "c", "held", "child"]
+    assert watcher.begun[:4] == ["held", "a", "b", "c"] and ("held", None) in watcher.shares
+    assert watcher.begun[-2:] == ["held", "child"]
+
+
 def test_workers_are_as_many_as_cores_tasks_and_memory_allow(monkeypatch):
-    monkeypatch.setattr(pool.machine, "gpus", tuple)
-    monkeypatch.setattr(pool.machine, "look", lambda: Machine((), 2**34, 10 * 2**30, 8))
+    def on(*gpus: Gpu) -> None:
+        monkeypatch.setattr(pool.machine, "look", lambda: Machine(gpus, 2**34, 10 * 2**30, 8))
+
+    on()
     assert [len(pool.worker_slots(tasks, 1.5 * 2**30)) for tasks in (1, 3, 99)] == [1, 3, 6]
     assert len(pool.worker_slots(99)) == 8 and len(pool.worker_slots(99, 11 * 2**30)) == 1
     assert pool.worker_slots(1)[0]["OMP_NUM_THREADS"] == "1"
-    monkeypatch.setattr(pool.machine, "gpus", lambda: (Gpu("0", "A", 1, 1), Gpu("3", "B", 1, 1)))
-    assert pool.worker_slots(99, 2**40) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
+    on(Gpu("0", "A", 2**36, 40 * 2**30), Gpu("3", "B", 2**36, 20 * 2**30))
+    assert pool.worker_slots(99, 2**34) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
+    shared = [slot["CUDA_VISIBLE_DEVICES"] for slot in pool.worker_slots(99, 2**30, small=True)]
+    assert shared == ["0", "3"] * 4  # 8 cores for two GPUs
+    assert len(pool.worker_slots(5, 2**30, small=True)) == 5
+    on(Gpu("0", "A", 2**36, 4 * 2**30))
+    assert len(pool.worker_slots(99, 2**31, small=True)) == 2  # what its memory allows
 
 
 def test_peak_memory_counts_from_the_start_of_the_work():
@@ -193,6 +232,17 @@ def test_the_forecast_learns_what_a_unit_of_cost_takes():
     forecast.ended(tasks[0], Done)
     forecast.progressed(tasks[1], 0.5)
     assert forecast.seconds() == 2 * 25 / 2
+
+
+def test_plain_progress_says_once_that_another_process_is_at_a_task(capsys):
+    task = Task("a", fail)
+    with PlainWatcher([task], 1) as watcher:
+        watcher.put_off(task)
+        watcher.put_off(task)
+        watcher.ended(task, Outcome("a", "done", 1.0))
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "a: another process is at it; it comes last here", "[1/1] a: 1 s",
+    ]  # fmt: skip
 
 
 def test_plain_progress_says_what_ended_and_what_is_left(capsys):
@@ -485,6 +535,19 @@ def test_what_fails_is_named_and_the_rest_is_computed(tmp_path, base, in_process
     monkeypatch.setenv("QTALE_READ_ONLY", "1")
     Lab(settings, tmp_path).ensure("05")
     assert "2 of 4 jobs failed and are left out: fine-tune alpaca.full.s0" in capsys.readouterr().out
+
+
+def test_two_processes_share_the_jobs_of_one_store(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    names = "abcdefgh"
+    both = [context.Process(target=take_part, args=(tmp_path, names, who)) for who in ("one", "two")]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    done = [(tmp_path / name).read_text().split() for name in names]
+    assert all(len(by) == 1 for by in done)  # once each
+    assert min(done.count(["one"]), done.count(["two"])) >= 2
 
 
 def test_two_processes_compute_a_result_once(tmp_path, base):

@@ -57,16 +57,23 @@ def training(shape: Shape, profile: Profile, method: str, batch: Batch, device: 
     routed = method != "full"
     learning = lora_weights(shape, profile) + (router_weights(shape, profile) if method in ROUTED else 0)
     frozen = router_weights(shape, profile) if method == "noisy_full" else 0
-    layers = shape.num_hidden_layers
-    kept = layers * _kept_by_layer(shape, profile, batch, device)
-    if routed:
-        kept += (layers - profile.routing.always_run_layers) * _kept_by_router(shape, profile, batch)
+    working = max(_working(shape, profile, batch, routed), _logits(shape, profile, batch, 2))
+    plain, layers = _kept_by_layer(shape, profile, batch, device), shape.num_hidden_layers
+    gated = _kept_by_gate(shape, profile, batch) if routed else 0
+    routers = _kept_by_router(shape, profile, batch) if routed else 0
+    with_gates = layers - profile.routing.always_run_layers
+    if profile.compute.gradient_checkpointing:  # of a layer its input, and of one layer all, computed again
+        kept = layers * batch.size * BYTES[profile.dtype] * shape.hidden_size + with_gates * routers
+        working += plain + gated
+    else:
+        kept = layers * plain + with_gates * (gated + routers)
+    weights = base_bytes(shape, profile)
     return {
         "process": PROCESS[device],
-        "weights": base_bytes(shape, profile),
+        "weights": weights / (profile.compute.processes if profile.compute.shard else 1),
         "trainable": FLOAT * (4 * learning + frozen),
         "activations": kept,
-        "working": max(_working(shape, profile, batch, routed), _logits(shape, profile, batch, 2)),
+        "working": working,
     }
 
 
@@ -83,15 +90,20 @@ def _kept_by_layer(shape: Shape, profile: Profile, batch: Batch, device: str) ->
     return batch.size * (adapted + norms + width * activations)
 
 
-def _kept_by_router(shape: Shape, profile: Profile, batch: Batch) -> float:
-    """What a routed layer keeps besides: attention over all pairs of tokens twice (its values in place of
-    the output), both ends of the gate, the router's own input, norm and activation.
+def _kept_by_gate(shape: Shape, profile: Profile, batch: Batch) -> float:
+    """What a gated layer keeps besides: attention over all pairs of tokens twice (its values in place of the
+    output), and both ends of the gate.
     """
     width, d = BYTES[profile.dtype], shape.hidden_size
     pairs = batch.tokens * shape.num_attention_heads * (FLOAT + width)
-    ends = width * d if width == FLOAT else 2 * width * d + FLOAT * d
-    output = width * layer_linears(shape)["q_proj"][0]
-    return batch.size * (pairs + ends - output + 4 * FLOAT * _hidden(shape, profile))
+    ends = width * d if width == FLOAT else 2 * width * d  # in float32 one of them is kept anyway
+    return batch.size * (pairs + ends - width * layer_linears(shape)["q_proj"][0])
+
+
+def _kept_by_router(shape: Shape, profile: Profile, batch: Batch) -> float:
+    """What a router keeps: its input in float32, and four tensors of its hidden width."""
+    own = 0 if profile.dtype == "float32" else FLOAT * shape.hidden_size
+    return batch.size * (own + 4 * FLOAT * _hidden(shape, profile))
 
 
 def _working(shape: Shape, profile: Profile, batch: Batch, routed: bool) -> float:

@@ -67,7 +67,9 @@ class Workload:
 
     def training_batch(self, profile: Profile) -> Batch:
         """The micro-batch that holds the longest row."""
-        rows = min(profile.training.batch_size, self.train)
+        recipe, processes = profile.training, profile.compute.processes
+        shared = recipe.gradient_accumulation % processes > 0  # else they share the accumulation
+        rows = min(recipe.batch_size // processes if shared else recipe.batch_size, self.train)
         answers = self.trained.longest_answer + (rows - 1) * self.trained.answer
         return Batch(rows, self.trained.longest, round(answers))
 

@@ -39,6 +39,17 @@ METHODS: tuple[str, ...] = get_args(Method)
 BITS: tuple[int, ...] = get_args(Bits)
 MOST_SEEDS = 1000
 LABELS = ("name", "extends", "compute")  # what it is called, and how it is computed, say nothing of results
+# Settings newer than results that are kept, and what those were made with: so much changes no digest.
+EARLIER = {"data": "microworld", "training.gate_noise": "stream"}
+
+
+def without_earlier(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings without those of EARLIER that have the value that stands there; sections within too."""
+    return {
+        name: without_earlier(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if prefix + name not in EARLIER or EARLIER[prefix + name] != value
+    }
 
 
 def _distinct(values: tuple) -> tuple:
@@ -203,7 +214,8 @@ class Profile(Section):
     """All settings of one reproduction; every result carries it whole.
 
     base: "microworld" (the embedded one), a folder, a name in $QTALE_MODELS_DIR, or a hub id (`revision`).
-    data_dir: folder with the benchmarks' original files; None for the embedded world.
+    data: the embedded world ("microworld"), or the benchmarks from the hub ("hub").
+    data_dir: folder with the benchmarks' original files, in place of `data`; None leaves it to that.
     group_size: weights that share a quantization scale; -1 for one group per row.
     theta_sweep: further θ at which every routed model is evaluated, at every bit width; usually none.
     max_steps: optimizer steps of a fine-tuning, in place of what `epochs` come to; None leaves it to them.
@@ -221,6 +233,7 @@ class Profile(Section):
     extends: str | None
     base: Text
     revision: TextOrNull
+    data: Literal["microworld", "hub"]
     data_dir: Annotated[Path | None, Field(description="the path of an existing folder, or null")]
     tasks: Annotated[tuple[Task, ...], AfterValidator(_distinct), _list_of(", ".join(TASKS))]
     methods: Annotated[tuple[Method, ...], AfterValidator(_distinct), _list_of(", ".join(METHODS))]
@@ -279,7 +292,7 @@ class Profile(Section):
         """
         settings = self.model_dump(mode="json")
         named = sections or [section for section in settings if section not in LABELS]
-        text = json.dumps({section: settings[section] for section in named}, sort_keys=True)
+        text = json.dumps(without_earlier({section: settings[section] for section in named}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

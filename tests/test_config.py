@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qtale_lib import jobs
-from qtale_lib.config import BITS, CSQA, LABELS, METHODS, TASKS, Profile, load_profile
+from qtale_lib.config import BITS, CSQA, EARLIER, LABELS, METHODS, TASKS, Profile, load_profile
 from qtale_lib.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ def test_shipped_profiles_load_by_name_and_by_path(path):
 
 def test_tiny_is_the_papers_grid_on_the_embedded_world():
     tiny = load_profile("tiny")
-    assert (tiny.base, tiny.data_dir, tiny.extends) == ("microworld", None, None)
+    assert (tiny.base, tiny.data, tiny.data_dir, tiny.extends) == ("microworld", "microworld", None, None)
     assert (tiny.tasks, tiny.bits, tiny.seeds) == (TASKS, (16, 4, 3, 2), (0,))
     assert tiny.methods == ("full", "dllm", "qtale") == METHODS[:3]
     assert len(TASKS) == 9 and set(TASKS) - set(CSQA) == {"mmlu", "alpaca"}
@@ -366,6 +366,7 @@ def test_digest_sees_every_section_and_a_stages_only_its_own(section, tmp_path):
     tiny = load_profile("tiny")
     new = {
         "revision": "abc",
+        "data": "hub",
         "data_dir": str(tmp_path),
         "group_size": 64,
         "max_steps": 7,
@@ -385,6 +386,13 @@ def test_a_further_seed_leaves_the_stages_digests(write):
     stages = [name for name in Profile.model_fields if name not in (*LABELS, *GRID)]
     more = load_profile(write("more.yaml", "seeds: 5\ntasks: [piqa]\nbits: [16]\nmethods: [full]\n"))
     assert more.digest(*stages) == load_profile("tiny").digest(*stages)
+
+
+def test_settings_newer_than_kept_results_leave_their_digest():
+    tiny = load_profile("tiny")
+    before = [name for name in Profile.model_fields if name not in (*LABELS, *EARLIER)]
+    assert tiny.digest() == tiny.digest(*before)
+    assert all(tiny.model_dump()[name] == value for name, value in EARLIER.items())
 
 
 def test_digest_of_no_section_is_an_error():

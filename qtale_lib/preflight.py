@@ -51,9 +51,12 @@ def check(lab: Lab, wanted: Iterable[Job], afresh: bool = False) -> None:
     """
     jobs = list(wanted)
     check_folders(lab)
+    missing = at_hand(lab.profile) is None
+    if missing:
+        config_of(lab.profile)  # whether it can be had at all
     for task, split in dict.fromkeys(pair for job in jobs for pair in _splits(job, lab)):
         lab.examples(task, split)
-    if at_hand(lab.profile) is None:  # before gigabytes are fetched for nothing
+    if missing:  # before gigabytes are fetched for nothing
         check_fit(lab, jobs)
     directory = check_base(lab.profile)
     check_settings(lab.profile, read_config(directory), tensor_shapes(directory), jobs)

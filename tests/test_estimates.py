@@ -217,6 +217,7 @@ def assert_near(source: str, changes: dict, root: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured per stage on Linux")
 @pytest.mark.parametrize("task", ["arc_easy", "alpaca"])
 def test_peaks_on_tiny_are_near_the_measured(tmp_path, task):
@@ -225,6 +226,7 @@ def test_peaks_on_tiny_are_near_the_measured(tmp_path, task):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured per stage on Linux")
 @pytest.mark.skipif("QTALE_TEST_MODELS" not in os.environ, reason="QTALE_TEST_MODELS is not set")
 @pytest.mark.skipif("QTALE_TEST_DATA" not in os.environ, reason="QTALE_TEST_DATA is not set")

@@ -231,7 +231,9 @@ RECORD, ROUTERS = "routed.json", "routers.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def save_routed(model: nn.Module, directory: str | Path, base: str | None = None) -> None:
+def save_routed(
+    model: nn.Module, directory: str | Path, base: str | None = None, revision: str | None = None
+) -> None:
     """Save a model with its routers, θ and RouterConfig, as safetensors and JSON; `load_routed` rebuilds it.
 
     A peft model with unmerged LoRA is saved without its base: LoRA, routers, and the base's name and sha256.
@@ -239,6 +241,7 @@ def save_routed(model: nn.Module, directory: str | Path, base: str | None = None
 
     Args:
         base: name of the base for `base.find_base`; None takes the one that the model was loaded from.
+        revision: of the base, if that is on the hub.
     Raises:
         UserError: for an adapter that is merged in place or no plain LoRA, or a base without a name.
     """
@@ -252,7 +255,7 @@ def save_routed(model: nn.Module, directory: str | Path, base: str | None = None
         record |= {"threshold": state.theta, "routers": asdict(state.config)}
         save_file(_contiguous(_router_tensors(model)), directory / ROUTERS)
     if isinstance(model, PeftModel):
-        record["base"] = _save_adapter(model, directory, base)
+        record["base"] = {**_save_adapter(model, directory, base), "revision": revision}
     else:
         own = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
         model.save_pretrained(directory, state_dict=own)
@@ -336,7 +339,9 @@ def _save_adapter(model: PeftModel, directory: Path, base: str | None) -> dict[s
 
 def _load_base(base: dict[str, str]) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
-        find_base(base["name"]), dtype=getattr(torch, base["dtype"]), use_safetensors=True
+        find_base(base["name"], base.get("revision")),
+        dtype=getattr(torch, base["dtype"]),
+        use_safetensors=True,
     )
     if weights_digest(model) != base["sha256"]:
         raise UserError(f"The base {base['name']!r} is not the one trained on (sha256): restore it.")

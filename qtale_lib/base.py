@@ -9,7 +9,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtale_lib import hub
 from qtale_lib.errors import UserError
+from qtale_lib.hub import LOADED_FILES
 from qtale_lib.store import file_digest, read_json
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from qtale_lib.config import Profile
 
 EMBEDDED = "microworld"
-LOADED_FILES = ("*.safetensors", "*.json", "tokenizer.model")
 
 
 def base_directory(profile: Profile) -> Path:
@@ -32,6 +33,24 @@ def find_base(name: str, revision: str | None = None) -> Path:
     Raises:
         UserError: if it is nowhere, or its folder holds no config.json.
     """
+    return _local_base(name) or _with_config(hub.snapshot(name, revision))
+
+
+def base_at_hand(profile: Profile) -> Path | None:
+    """Folder of the profile's base, or None if it, or a part of it, would have to be fetched first.
+
+    Raises:
+        UserError: if its folder holds no config.json.
+    """
+    if local := _local_base(profile.base):
+        return local
+    found = hub.cached(profile.base, profile.revision)
+    with contextlib.suppress(UserError):  # its config.json may be there alone
+        return found if found and tensor_shapes(found) else None
+    return None
+
+
+def _local_base(name: str) -> Path | None:
     if name == EMBEDDED:
         from qtale_lib.data.microworld import base_directory as embedded
 
@@ -39,10 +58,7 @@ def find_base(name: str, revision: str | None = None) -> Path:
     places = [Path(name).expanduser()]
     if models := os.environ.get("QTALE_MODELS_DIR"):
         places += [Path(models) / name, Path(models) / Path(name).name]
-    for place in places:
-        if place.is_dir():
-            return _with_config(place)
-    return _from_hub(name, revision)
+    return next((_with_config(place) for place in places if place.is_dir()), None)
 
 
 def _with_config(directory: Path) -> Path:
@@ -51,19 +67,6 @@ def _with_config(directory: Path) -> Path:
             f"The base model's folder {directory} holds no config.json; point `base` at a saved model."
         )
     return directory
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(name, revision=revision, allow_patterns=list(LOADED_FILES))
-    except Exception as error:  # the hub's client raises many kinds: no such repository, gated, offline
-        raise UserError(
-            f'Base model "{name}" is neither a folder, nor in QTALE_MODELS_DIR, nor to be had '
-            f"from the hub ({type(error).__name__}); correct `base` in the profile or download the model."
-        ) from error
-    return Path(found)
 
 
 def base_facts(profile: Profile) -> dict[str, Any]:

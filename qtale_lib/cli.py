@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qtale_lib import archive as archives
@@ -89,7 +90,7 @@ def _forget(executions: Executions, wanted: list[Job], only: list[Path] | None) 
         UserError: for what would fail afterwards, before anything is removed; or if that is impossible.
     """
     lab = executions.lab
-    check(lab, wanted)
+    check(lab, wanted, afresh=True)
     with _removing():
         if only is None:
             discard(lab.directory)
@@ -184,6 +185,21 @@ def _keep_details(lab: Lab, failed: list[Outcome]) -> None:
 
 def _short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+@app.command()
+def doctor(profile: ProfileName = "tiny", data_dir: DataDirectory = None) -> None:
+    """Look at all that a profile needs here, and estimate its time, memory and disk; nothing is computed."""
+    from qtale_lib.doctor import examine
+
+    overrides = {} if data_dir is None else {"data_dir": str(data_dir.resolve())}
+    lines = examine(Lab(load_profile(profile, **overrides)))
+    console = Console(highlight=False, soft_wrap=True)
+    for line in lines:
+        style = {"ok": "green", "warning": "yellow", "refusal": "red"}[line.status]
+        console.print(f"[{style}]{line.status:<8}[/] {line.subject:<20} {escape(line.text)}")
+    if any(line.status == "refusal" for line in lines):
+        raise typer.Exit(UserError.exit_code)
 
 
 @app.command()
@@ -282,7 +298,7 @@ def evaluate(
     lab, chosen = _one(profile, task, method, seed)
     wanted = [Job(chosen), Job(chosen, bits)]
     if fresh:
-        check(lab, wanted)
+        check(lab, wanted, afresh=True)
         with _removing():
             lab.forget(wanted)
     _ensure(lab, wanted)

@@ -35,10 +35,22 @@ class Shape:
     vocab_size: int
     model_type: str = "llama"
     tie_word_embeddings: bool = False
+    head_dim: int | None = None  # hidden_size / num_attention_heads
 
 
 LLAMA2_7B = Shape(4096, 11008, 32, 32, 32, 32000)
 LLAMA31_8B = Shape(4096, 14336, 32, 32, 8, 128256)
+LLAMA32_3B = Shape(3072, 8192, 28, 24, 8, 128256, tie_word_embeddings=True)
+LLAMA32_1B = Shape(2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True)
+SMOLLM2_135M = Shape(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True)
+# of the bases in profiles/, to estimate with before there is a config.json
+ON_THE_HUB = {
+    "HuggingFaceTB/SmolLM2-135M": SMOLLM2_135M,
+    "meta-llama/Llama-3.2-1B": LLAMA32_1B,
+    "meta-llama/Llama-3.2-3B": LLAMA32_3B,
+    "meta-llama/Llama-2-7b-hf": LLAMA2_7B,
+    "meta-llama/Llama-3.1-8B": LLAMA31_8B,
+}
 
 
 def layer_linears(config: PreTrainedConfig | Shape) -> dict[str, tuple[int, int]]:

@@ -23,7 +23,7 @@ from qtale_lib.data import Example, Loaded, data_hash, read_task, subset
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, expected_seconds
 from qtale_lib.pool import Outcome, PutOff, Task, run_tasks, worker_slots
-from qtale_lib.preflight import check
+from qtale_lib.preflight import check, check_fit
 from qtale_lib.progress import watcher
 from qtale_lib.provenance import ROOT, Stopwatch
 from qtale_lib.store import Store, digest, read_json, sweep, write_json
@@ -40,7 +40,8 @@ SPLITS_READ = {
 }
 READ_ONLY = "QTALE_READ_ONLY"
 PATIENCE = 1.0  # seconds to wait for another process, before other jobs are looked at
-BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+SMALL_BYTES = 2**28  # a base below leaves a GPU idle most of the time: several workers share it
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
 UNUSED = {"full": (*ONLY_ROUTED, "noise"), "noisy_full": ONLY_ROUTED, "dllm": ("lambda2",), "qtale": ()}
@@ -306,14 +307,15 @@ class Lab:
         missing = [job for job in wanted if not self.is_done(job)]
         if not missing:
             return []
-        slots = worker_slots(len(missing), self.model_bytes(), self.profile.compute.processes)
+        small = self.base()["bytes"] < SMALL_BYTES
+        slots = worker_slots(len(missing), check_fit(self, missing), small, self.profile.compute.processes)
         tasks = [self._task(job) for job in missing]
         with watcher(tasks, len(slots)) as watching:
             return run_tasks(tasks, slots, watching)
 
     def model_bytes(self) -> int:
         """Bytes of the base's parameters in the profile's dtype."""
-        return self.base()["parameters"]["total"] * BYTES[self.profile.dtype]
+        return self.base()["parameters"]["total"] * DTYPE_BYTES[self.profile.dtype]
 
     def _task(self, job: Job) -> Task:
         after = () if job.bits is None else (Job(job.run).name,)

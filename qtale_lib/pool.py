@@ -11,27 +11,20 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-
+from qtale_lib import machine
 from qtale_lib.errors import UserError
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GRACE_SECONDS = 5.0
 PUT_OFF = "put off"
-WORKER_BYTES = 1.5 * 2**30  # torch, its imports, the activations of a small model
-SMALL_BYTES = 2**28  # a model below leaves a GPU idle most of the time: several workers share it
-COPIES = 3  # of the model's weights in a worker's memory, at most: while it loads, merges or searches
 
 
 @dataclass(frozen=True)
@@ -128,32 +121,28 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: W
     return list(outcomes.values())
 
 
-def worker_slots(tasks: int, model_bytes: int = 0, processes: int = 1) -> list[dict[str, str]]:
+def worker_slots(
+    tasks: int, worker_bytes: float = 0, small: bool = False, processes: int = 1
+) -> list[dict[str, str]]:
     """Environments of the workers: one per GPU, else one per core with one thread, as memory allows.
 
-    A GPU takes as many workers with small models as cores and its memory allow.
-    model_bytes: one copy of the model in memory. UserError if not even that fits, before any work is begun.
+    worker_bytes: the most that one holds; what not even one can hold is refused earlier (preflight.py).
+    small: a GPU takes as many workers as cores and its memory allow.
     processes: that a fine-tuning is spread over: a worker then has as many GPUs, or cores, to itself.
     """
-    gpus = _gpus()
+    now = machine.look()
+    gpus = now.gpus
     if gpus and processes > 1:
-        return _groups(list(gpus), processes)[:tasks]
-    if gpus and model_bytes >= SMALL_BYTES:
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in list(gpus)[:tasks]]
+        return _groups([gpu.id for gpu in gpus], processes)[:tasks]
+    if gpus and not small:
+        return [{"CUDA_VISIBLE_DEVICES": gpu.id} for gpu in gpus[:tasks]]
+    threads = dict.fromkeys(THREAD_VARIABLES, "1")
     if gpus:
-        room = int(min(gpus.values()) // (WORKER_BYTES + COPIES * model_bytes))
-        share = max(1, min(usable_cores() // len(gpus), room))
-        threads = dict.fromkeys(THREAD_VARIABLES, "1")
-        return [{"CUDA_VISIBLE_DEVICES": gpu, **threads} for _ in range(share) for gpu in gpus][:tasks]
-    free = psutil.virtual_memory().available
-    if model_bytes > free:
-        raise UserError(
-            f"The base model takes {model_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are "
-            "free; set dtype: bfloat16 or choose a smaller base."
-        )
-    room = int(free // (WORKER_BYTES + COPIES * model_bytes))
-    workers = min(usable_cores() // processes, room // processes, tasks)
-    return [dict.fromkeys(THREAD_VARIABLES, "1")] * max(1, workers)
+        room = int(min(gpu.free for gpu in gpus) // max(worker_bytes, 1))
+        share = max(1, min(now.cores // len(gpus), room))
+        return [{"CUDA_VISIBLE_DEVICES": gpu.id, **threads} for _ in range(share) for gpu in gpus][:tasks]
+    room = int(now.free // max(worker_bytes, 1))
+    return [threads] * max(1, min(now.cores // processes, room // processes, tasks))
 
 
 def _groups(gpus: list[str], processes: int) -> list[dict[str, str]]:
@@ -165,27 +154,6 @@ def _groups(gpus: list[str], processes: int) -> list[dict[str, str]]:
         )
     whole = range(0, len(gpus) - processes + 1, processes)
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + processes])} for first in whole]
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: affinity and a container's quota counted."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.exists() and (limits := quota.read_text().split())[0] != "max":
-        cores = min(cores, max(1, int(limits[0]) // int(limits[1])))
-    return cores
-
-
-def _gpus() -> dict[str, int]:
-    """Ids of the visible GPUs and their free bytes; another process asks torch, so this one stays light."""
-    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd")):
-        return {}
-    ask = "import torch; print(*(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())))"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
-    free = [int(text) for text in done.stdout.split()]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else map(str, range(len(free)))
-    return dict(zip(names, free, strict=False))
 
 
 def _doomed(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> list[Task]:

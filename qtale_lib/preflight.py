@@ -1,18 +1,22 @@
-"""What a run can be known to fail at, found before its first worker starts: folders, data, base, settings.
+"""What a run can be known to fail at, found before its first worker starts: folders, data, base, memory.
 
 Reads the heads of files only, and needs no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtale_lib.base import base_directory, read_config, tensor_shapes
+import psutil
+
+from qtale_lib import estimates, hub, machine, memory, workload
+from qtale_lib.base import base_at_hand, base_directory, read_config, tensor_shapes
 from qtale_lib.data import Example
 from qtale_lib.data.prompts import render
 from qtale_lib.errors import UserError
@@ -21,8 +25,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from qtale_lib.config import Profile
+    from qtale_lib.efficiency import Shape
+    from qtale_lib.estimates import Stage
     from qtale_lib.jobs import Job
     from qtale_lib.lab import Lab
+    from qtale_lib.machine import Machine
+    from qtale_lib.workload import Workload
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = (
@@ -32,20 +40,29 @@ SIZES = (
 TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
-def check(lab: Lab, wanted: Iterable[Job]) -> None:
+def check(lab: Lab, wanted: Iterable[Job], afresh: bool = False) -> None:
     """Look at all that the jobs need.
 
+    afresh: what is in the store already will be computed again.
     Raises:
         UserError: one sentence on the first thing that would make a job fail: a folder that cannot be
-            written to, data or a file of the base missing or damaged, a setting that does not fit the base.
+            written to, data or a file of the base missing or damaged, a setting that does not fit the base,
+            a model that does not fit into memory.
     """
     jobs = list(wanted)
     check_folders(lab)
+    missing = at_hand(lab.profile) is None
+    if missing:
+        config_of(lab.profile)  # whether it can be had at all
     for task, split in dict.fromkeys(pair for job in jobs for pair in _splits(job, lab)):
         lab.examples(task, split)
+    if missing:  # before gigabytes are fetched for nothing
+        check_fit(lab, jobs)
     directory = check_base(lab.profile)
     check_settings(lab.profile, read_config(directory), tensor_shapes(directory), jobs)
     check_lengths(lab, directory, list(dict.fromkeys(job.run.task for job in jobs)))
+    if afresh:
+        check_fit(lab, jobs)
 
 
 def _splits(job: Job, lab: Lab) -> list[tuple[str, str]]:
@@ -60,8 +77,7 @@ def check_folders(lab: Lab) -> None:
     places = {lab.directory: "RESULTS", lab.store.root: "RESULTS", lab.figures: "FIGURES"}
     for folder, what in places.items():
         try:
-            there = next(place for place in (folder, *folder.parents) if place.exists())
-            tempfile.TemporaryFile(dir=there).close()
+            tempfile.TemporaryFile(dir=existing(folder)).close()
         except OSError as error:
             raise UserError(
                 f"{folder} cannot be written to ({error.strerror}); make it a folder that can, or set "
@@ -69,16 +85,37 @@ def check_folders(lab: Lab) -> None:
             ) from None
 
 
+def at_hand(profile: Profile) -> Path | None:
+    """The folder of the base, or None if it would have to be fetched; UserError if it is no model's."""
+    with _about_base(profile):
+        return base_at_hand(profile)
+
+
 def check_base(profile: Profile) -> Path:
     """The folder of the base, its files sound as far as their heads tell; UserError if not."""
-    try:
+    with _about_base(profile):
         directory = base_directory(profile)
         _check_config(directory)
         tensor_shapes(directory)
         _check_tokenizer(directory)
+    return directory
+
+
+@contextlib.contextmanager
+def _about_base(profile: Profile) -> Iterator[None]:
+    """UserError as the profile's refusal of its `base`."""
+    try:
+        yield
     except UserError as error:
         raise profile.refusal("base", f"cannot be used: {str(error).removesuffix('.')}") from None
-    return directory
+
+
+def config_of(profile: Profile) -> dict[str, Any]:
+    """The base's config.json, fetched alone if the base is not here; UserError if it cannot be had."""
+    with _about_base(profile):
+        directory = base_at_hand(profile) or hub.config_file(profile.base, profile.revision).parent
+        _check_config(directory)
+        return read_config(directory)
 
 
 def _check_config(directory: Path) -> None:
@@ -179,3 +216,83 @@ def _fewest_tokens(tokenizer: Tokenizer, example: Example, profile: Profile) -> 
 
 def _count(tokenizer: Tokenizer, text: str) -> int:
     return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def workloads(lab: Lab, jobs: Sequence[Job]) -> list[Workload]:
+    """How much each task of the jobs has to do; UserError if its data cannot be read."""
+    directory = at_hand(lab.profile)
+    tokenizer = _fast_tokenizer(directory) if directory else None
+    scored = {job.run.task: bool(job.bits) for job in sorted(jobs, key=lambda job: job.bits or 0)}
+    return [workload.measured(lab, task, tokenizer, any_scored) for task, any_scored in scored.items()]
+
+
+def check_fit(lab: Lab, jobs: Sequence[Job]) -> float:
+    """The most that a worker on the jobs is estimated to hold of memory, or of its GPU's, in bytes.
+
+    Raises:
+        UserError: if this machine has less, saying by how much.
+    """
+    if not jobs:
+        return 0.0
+    profile, now = lab.profile, machine.look()
+    shape = estimates.shape_of(config_of(profile))
+    work = workloads(lab, jobs)
+    stages = estimates.stages(profile, shape, work, jobs, now.device)
+    for stage in stages:
+        check_stage(profile, stage, now)
+    check_disk(lab, shape, work, jobs)
+    host = memory.PROCESS["cpu"] + memory.base_bytes(shape, profile)
+    if now.gpus and host > now.free:
+        raise _too_large(f"profile {profile.name}: loading the base", host, "memory", now.free)
+    return max(stage.peak for stage in stages) + (memory.CONTEXT if now.gpus else 0)
+
+
+def check_stage(profile: Profile, stage: Stage, now: Machine) -> None:
+    """UserError if a stage needs more memory than one GPU, or the machine where it has none, can give."""
+    has = capacity(now)
+    if stage.peak > has:
+        what = f"profile {profile.name}: {stage.name} ({stage.worst})"
+        kind = f"memory on {now.gpus[0].name}" if now.gpus else "memory"
+        raise _too_large(what, stage.peak, kind, has)
+
+
+def check_disk(lab: Lab, shape: Shape, work: Sequence[Workload], jobs: Iterable[Job]) -> dict[str, float]:
+    """Bytes that the jobs are estimated to write, {"results", "base"}; UserError if a disk has less."""
+    needs = {"results": estimates.results_bytes(lab.profile, shape, work, jobs), "base": 0.0}
+    if at_hand(lab.profile) is None:
+        needs["base"] = estimates.download_bytes(shape)
+    places = {"results": existing(lab.directory), "base": existing(hub.cache_folder())}
+    for name, place in places.items():
+        together = [other for other in places if places[other].stat().st_dev == place.stat().st_dev]
+        needed, free = sum(needs[other] for other in together), psutil.disk_usage(str(place)).free
+        if needed > free:
+            raise UserError(
+                f"profile {lab.profile.name}: {' and '.join(together)} need about {gib(needed)} on the disk "
+                f"of {place}, and {gib(free)} are free: {gib(needed - free)} too little; free some, or set "
+                f"{'QTALE_RESULTS_DIR' if name == 'results' else 'HF_HOME'} to a folder on another."
+            )
+    return needs
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def capacity(now: Machine) -> float:
+    """Bytes that a job can have: of the smallest GPU, less what CUDA itself takes; else of memory."""
+    if not now.gpus:
+        return now.free
+    return min(card.free for card in now.gpus) * (1 - memory.FRAGMENTED) - memory.CONTEXT
+
+
+def _too_large(what: str, needed: float, kind: str, has: float) -> UserError:
+    return UserError(
+        f"{what} needs about {gib(needed)} of {kind}, and {gib(has)} can be had: {gib(needed - has)} too "
+        "little; lower training.batch_size, training.eval_batch_size or max_length, or choose a smaller base."
+    )
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, with one decimal."""
+    return f"{size / 2**30:.1f} GiB"

@@ -77,7 +77,7 @@ def finetune(
         if profile.compute.sharding == "fsdp":
             weights_digest(model)  # its part in that of save_routed
     else:
-        save_routed(model, directory, base=profile.base)
+        save_routed(model, directory, base=profile.base, revision=profile.revision)
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return {**_outcome(trainer, counts), "training_seconds": seconds, "probe_seconds": probe.seconds}
 

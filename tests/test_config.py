@@ -297,9 +297,7 @@ def test_a_file_that_is_no_profile_is_one_sentence(write, content, start):
 
 def test_names_and_files_that_are_not_there(write):
     assert refusal("nope.yaml").startswith("nope.yaml is not there; ")
-    assert refusal("smok").startswith(
-        "smok is no profile's name (did you mean smoke); there are smoke, tiny, "
-    )
+    assert refusal("smok").startswith("smok is no profile's name (did you mean smoke); there are llama2-7b, ")
     Path("folder.yaml").mkdir()
     assert refusal("folder.yaml").startswith("folder.yaml is not there; ")
 

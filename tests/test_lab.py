@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -37,6 +36,7 @@ from qtale_lib.adaptive import routing_state
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run
 from qtale_lib.lab import Lab
+from qtale_lib.machine import Gpu, Machine
 from qtale_lib.pool import Outcome, Task, run_tasks
 from qtale_lib.preflight import check
 from qtale_lib.progress import Forecast, PlainWatcher
@@ -197,31 +197,29 @@ def test_a_task_that_another_process_is_at_comes_last_and_is_done_when_that_is_o
 
 
 def test_workers_are_as_many_as_cores_tasks_and_memory_allow(monkeypatch):
-    monkeypatch.setattr(pool, "_gpus", dict)
-    monkeypatch.setattr(pool, "usable_cores", lambda: 8)
-    memory = SimpleNamespace(available=10 * 2**30)
-    monkeypatch.setattr(pool.psutil, "virtual_memory", lambda: memory)
-    assert [len(pool.worker_slots(tasks)) for tasks in (1, 3, 99)] == [1, 3, 6]
-    assert len(pool.worker_slots(99, 2**30)) == 2 and len(pool.worker_slots(99, 9 * 2**30)) == 1
+    def on(*gpus: Gpu) -> None:
+        monkeypatch.setattr(pool.machine, "look", lambda: Machine(gpus, 2**34, 10 * 2**30, 8))
+
+    on()
+    assert [len(pool.worker_slots(tasks, 1.5 * 2**30)) for tasks in (1, 3, 99)] == [1, 3, 6]
+    assert len(pool.worker_slots(99)) == 8 and len(pool.worker_slots(99, 11 * 2**30)) == 1
     assert pool.worker_slots(1)[0]["OMP_NUM_THREADS"] == "1"
-    with pytest.raises(UserError, match=r"takes 11.0 GiB and 10.0 GiB of memory are free"):
-        pool.worker_slots(99, 11 * 2**30)
-    monkeypatch.setattr(pool, "_gpus", lambda: {"0": 40 * 2**30, "3": 20 * 2**30})
-    assert pool.worker_slots(99, 2**40) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
-    shared = [slot["CUDA_VISIBLE_DEVICES"] for slot in pool.worker_slots(99, 2**20)]
+    on(Gpu("0", "A", 2**36, 40 * 2**30), Gpu("3", "B", 2**36, 20 * 2**30))
+    assert pool.worker_slots(99, 2**34) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
+    shared = [slot["CUDA_VISIBLE_DEVICES"] for slot in pool.worker_slots(99, 2**30, small=True)]
     assert shared == ["0", "3"] * 4  # 8 cores for two GPUs
-    assert len(pool.worker_slots(5, 2**20)) == 5
-    monkeypatch.setattr(pool, "_gpus", lambda: {"0": 4 * 2**30})
-    assert len(pool.worker_slots(99, 2**20)) == 2  # what its memory allows
+    assert len(pool.worker_slots(5, 2**30, small=True)) == 5
+    on(Gpu("0", "A", 2**36, 4 * 2**30))
+    assert len(pool.worker_slots(99, 2**31, small=True)) == 2  # what its memory allows
 
 
 def test_a_worker_has_as_many_gpus_or_cores_as_a_fine_tuning_has_processes(monkeypatch):
-    monkeypatch.setattr(pool, "usable_cores", lambda: 8)
-    monkeypatch.setattr(pool, "_gpus", dict)
-    memory = SimpleNamespace(available=100 * 2**30)
-    monkeypatch.setattr(pool.psutil, "virtual_memory", lambda: memory)
-    assert len(pool.worker_slots(99, 2**20, processes=3)) == 2
-    monkeypatch.setattr(pool, "_gpus", lambda: dict.fromkeys("01234", 2**35))
+    def on(*gpus: Gpu) -> None:
+        monkeypatch.setattr(pool.machine, "look", lambda: Machine(gpus, 2**34, 100 * 2**30, 8))
+
+    on()
+    assert len(pool.worker_slots(99, 2**30, processes=3)) == 2
+    on(*(Gpu(name, "A", 2**36, 2**35) for name in "01234"))
     groups = [slot["CUDA_VISIBLE_DEVICES"] for slot in pool.worker_slots(99, 2**20, processes=2)]
     assert groups == ["0,1", "2,3"]
     with pytest.raises(UserError, match="8 processes a fine-tuning, one GPU each, and 5 are visible"):

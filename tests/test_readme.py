@@ -8,7 +8,13 @@ import pandas as pd
 import pytest
 import typer
 
+from qtale_lib import estimates, workload
 from qtale_lib.cli import app
+from qtale_lib.config import load_profile
+from qtale_lib.efficiency import ON_THE_HUB
+from qtale_lib.estimates import Speed
+from qtale_lib.jobs import all_jobs
+from qtale_lib.profile_files import SHIPPED
 from qtale_lib.provenance import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +45,25 @@ def test_its_results_are_those_of_the_committed_tables():
                 else:
                     value = ablation[bits, METHODS[method], "adjust" if theta == "searched" else theta, group]
                 assert said == f"{value:.{len(said.partition('.')[2])}f}", (label, name, bits)
+
+
+def test_its_estimates_are_the_estimators():
+    """Each row of the profiles' table: time and peak of every stage, disk of results and base."""
+    gpu = Speed(400e12, 50e12, 1)  # as its text says
+    rows = dict(re.findall(r"^\| `([\w.-]+)` \|(.*) \|$", README, re.M))
+    hub_profiles = [
+        path.stem for path in SHIPPED.glob("*.yaml") if load_profile(path.stem).base in ON_THE_HUB
+    ]
+    assert len(hub_profiles) >= 5
+    for name in hub_profiles:
+        profile = load_profile(name)
+        shape, jobs = ON_THE_HUB[profile.base], all_jobs(profile)
+        work = [workload.typical(profile, task) for task in profile.tasks]
+        found = estimates.stages(profile, shape, work, jobs, "gpu", gpu)
+        cells = [f"{estimates.roughly(stage.seconds)}, {stage.peak / 2**30:.0f} GiB" for stage in found]
+        disk = estimates.results_bytes(profile, shape, work, jobs), estimates.download_bytes(shape)
+        cells.append(" + ".join(f"{size / 2**30:.1f}" for size in disk) + " GiB")
+        assert [cell.strip() for cell in rows[profile.name].split("|")] == cells
 
 
 def test_every_command_that_it_names_is_one():

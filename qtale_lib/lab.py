@@ -26,7 +26,7 @@ from qtale_lib.pool import Outcome, PutOff, Task, run_tasks, worker_slots
 from qtale_lib.preflight import check
 from qtale_lib.progress import watcher
 from qtale_lib.provenance import ROOT, Stopwatch
-from qtale_lib.store import Store, digest, read_json, sweep, write_json
+from qtale_lib.store import Parcel, Store, digest, read_json, sweep, write_json
 
 # Raised by hand when a stage's code comes to give other numbers from the same settings.
 STAGE_VERSIONS = {"finetune": 4, "quantization": 2, "threshold": 3, "evaluation": 4}
@@ -263,6 +263,12 @@ class Lab:
         self._found.clear()
         return True
 
+    def parcels(self, wanted: Iterable[Job]) -> list[Parcel]:
+        """All that the jobs have in the store, with its files."""
+        addresses = [self.address(kind, spec) for kind, spec in self._all_of(wanted)]
+        found = [self.store.parcel(*address) for address in addresses if address]
+        return [parcel for parcel in found if parcel]
+
     def forget(self, wanted: Iterable[Job]) -> None:
         """Remove all that the jobs have put into the store; what other jobs have stays."""
         # each by what it was made from, so all before any is removed
@@ -299,21 +305,27 @@ class Lab:
         Raises:
             UserError: for what can be known to fail before any work is begun.
         """
-        wanted = list(wanted)
-        check(self, wanted)
-        sweep(self.directory)
-        missing = [job for job in wanted if not self.is_done(job)]
+        missing = self.missing(wanted)
         if not missing:
             return []
-        slots = worker_slots(len(missing), self._model_bytes())
-        tasks = [self._task(job) for job in missing]
+        slots = worker_slots(len(missing), self.model_bytes())
+        tasks = [self.task(job) for job in missing]
         with watcher(tasks, len(slots)) as watching:
             return run_tasks(tasks, slots, watching)
 
-    def _model_bytes(self) -> int:
+    def missing(self, wanted: Iterable[Job]) -> list[Job]:
+        """The jobs without all their results, after a look at what they need; UserError as `compute`."""
+        wanted = list(wanted)
+        check(self, wanted)
+        sweep(self.directory)
+        return [job for job in wanted if not self.is_done(job)]
+
+    def model_bytes(self) -> int:
+        """Bytes of one copy of the base in memory."""
         return self.base()["parameters"]["total"] * BYTES[self.profile.dtype]
 
-    def _task(self, job: Job) -> Task:
+    def task(self, job: Job) -> Task:
+        """The job as work for a pool: work(profile, root, job, report)."""
         after = () if job.bits is None else (Job(job.run).name,)
         # A seed is finished before the next is begun, its evaluations before fine-tunings that still wait:
         # whole results early, should this be killed.

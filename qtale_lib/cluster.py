@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 LOCAL = "local"
 LOCK_FILE = "requirements-cluster.lock"
-LOST = ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError", "ObjectLostError")
 RETRIES = 3  # of a task whose worker or node is lost
 POLL = 0.5  # seconds between two looks at what runs
+KNOCK = 10.0  # seconds for a cluster's port to answer
 PATIENCE = 600.0  # seconds that a cluster may be without a node for a task
 OBJECT_STORE = 512 * 2**20  # bytes, of a Ray that is started here: adapters and scales pass through it
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -110,8 +110,9 @@ def joined(address: str) -> Iterator[None]:
         here = {"num_cpus": pool.usable_cores(), "object_store_memory": OBJECT_STORE}
         here["include_dashboard"] = False
     try:
+        _knock(address)
         ray.init(address, logging_level="ERROR", log_to_driver=False, **here)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         why = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
             f'--cluster (= "{address}") leads to no Ray cluster ({why}); start one by `ray start --head` '
@@ -121,6 +122,13 @@ def joined(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody listens: Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=KNOCK).close()
 
 
 def room(memory: int) -> dict[str, float]:
@@ -287,10 +295,10 @@ class _Dispatch:
         errors = self.ray.exceptions
         try:
             outcome = self._outcome(task, self.ray.get(reference))
-        except tuple(getattr(errors, name) for name in LOST) as error:
-            return self._lost(task, error)
-        except errors.RayError as error:  # such as a package that a node has not
+        except errors.RayTaskError as error:  # before the work was begun: a node has not this package, say
             outcome = Outcome(task.name, "failed", 0.0, str(error).strip().splitlines()[-1], str(error))
+        except errors.RayError as error:  # of the worker, its raylet, its node, or what they held
+            return self._lost(task, error)
         self._finish(task, outcome)
 
     def _lost(self, task: Task, error: Exception) -> None:

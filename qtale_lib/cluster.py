@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -38,7 +39,10 @@ POLL = 0.5  # seconds between two looks at what runs
 KNOCK = 10.0  # seconds for a cluster's port to answer
 PATIENCE = 600.0  # seconds that a cluster may be without a node for a task
 OBJECT_STORE = 512 * 2**20  # bytes, of a Ray that is started here: adapters and scales pass through it
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0", on any system: Ray binds to 127.0.0.1
 SCRATCH = "scratch"
 MEMO = "base.json"
@@ -85,8 +89,9 @@ def _alone(lab: Lab) -> Iterator[None]:
 
 
 def _ray(address: str = "") -> Any:
-    here = {LOOPBACK: "0"} if address == LOCAL else {}
-    for name, value in (QUIET | here).items():  # read when Ray is first imported
+    private = {LOOPBACK: "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    settings = SETTINGS | (private if address == LOCAL else {})
+    for name, value in settings.items():  # read when Ray is first imported
         os.environ.setdefault(name, value)
     try:
         import ray
@@ -112,7 +117,7 @@ def joined(address: str) -> Iterator[None]:
     try:
         _knock(address)
         ray.init(address, logging_level="ERROR", log_to_driver=False, **here)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray knows no narrower kind
         why = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
             f'--cluster (= "{address}") leads to no Ray cluster ({why}); start one by `ray start --head` '

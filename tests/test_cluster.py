@@ -330,3 +330,61 @@ def marked(mark: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+# The Slurm script, with stand-ins for Slurm's commands: both nodes are this machine, and Ray is real.
+
+STAND_INS = {
+    "scontrol": 'printf "node1\\nnode2\\n"',
+    "hostname": "echo 127.0.0.2 10.0.0.9",
+    "srun": """for option; do case $option in --*) shift ;; *) break ;; esac; done
+[ "$1" != ray ] || set -- "$@" --object-store-memory 100000000
+exec "$@" """,
+    "python": """case "$*" in
+  "-m qtale_lib run --profile"*) exec {python} {driver} "$5" "$7" ;;
+  *) exec {python} "$@" ;;
+esac""",
+}
+DRIVER = """
+import sys, time
+from qtale_lib import cluster
+profile, address = sys.argv[1:]
+with cluster.joined(address):
+    need = cluster.room(1)
+    deadline = time.monotonic() + 120
+    while cluster.slots(need) < 4 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    print(profile, "has", cluster.slots(need), "slots")
+sys.exit(3 if profile == "bad" else 0)
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_ray_on_every_node_runs_the_profiles_and_ends_all(tmp_path):
+    pytest.importorskip("ray", reason=TOLD)
+    commands, driver = tmp_path / "bin", tmp_path / "driver.py"
+    commands.mkdir()
+    driver.write_text(DRIVER)
+    for name, text in STAND_INS.items():
+        (commands / name).write_text(f"#!/bin/bash\n{text.format(python=sys.executable, driver=driver)}\n")
+        (commands / name).chmod(0o755)
+    mark = f"slurm-test-{os.getpid()}"
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "2"}
+    paths = {
+        "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "cluster.slurm", "smoke", "bad"],
+        env={**os.environ, **job, **paths, "QTALE_MARK": mark},
+        cwd=tmp_path, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    logs = {path.name.split("-")[2]: path.read_text() for path in tmp_path.glob("slurm-*.log")}
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert {name: text.splitlines()[-1] for name, text in logs.items()} == {
+        "smoke.log": "smoke has 4 slots", "bad.log": "bad has 4 slots",
+    }  # fmt: skip
+    deadline = time.monotonic() + 30
+    while left := marked(mark):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)

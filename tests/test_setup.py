@@ -283,7 +283,9 @@ def test_packages_cut_off_while_installing_are_forgotten(tmp_path):
     assert [path.name for path in packages.glob("*.dist-info")] == ["whole-1.0.dist-info"]
 
 
-@pytest.mark.parametrize("script", ["run_all.sh", "run_tests.sh", "scripts/setup_env.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["run_all.sh", "run_tests.sh", "scripts/setup_env.sh", "scripts/cluster.slurm", ".ci/run"]
+)
 def test_scripts_are_shell_that_every_bash_reads(script):
     path = ROOT / script
     assert subprocess.run(["bash", "-n", path]).returncode == 0

@@ -27,7 +27,14 @@ from transformers import (
 
 from qtale_lib.base import find_base
 from qtale_lib.errors import UserError
-from qtale_lib.routed_layers import ForwardPass, RouterConfig, RoutingState, routed_class, start_pass
+from qtale_lib.routed_layers import (
+    ForwardPass,
+    NoiseKey,
+    RouterConfig,
+    RoutingState,
+    routed_class,
+    start_pass,
+)
 from qtale_lib.routing import Router, threshold_shift
 
 SUPPORTED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -108,6 +115,11 @@ def set_threshold(model: nn.Module, theta: float) -> None:
 def set_noise(model: nn.Module, generator: torch.Generator | None) -> None:
     """Draw the Gumbel noise of training from `generator`; None goes back to torch's global one."""
     routing_state(model).generator = generator
+
+
+def set_noise_key(model: nn.Module, key: NoiseKey | None) -> None:
+    """Draw the Gumbel noise of training by `key`, each row's on its own; None goes back to a generator."""
+    routing_state(model).noise_key = key
 
 
 def set_execution(model: nn.Module, mode: str) -> None:

@@ -25,12 +25,15 @@ DIGEST = "digest.json"
 OPTIMIZER, GENERATORS, SUMS = "optimizer", "generators", "sums"
 
 
-def begin(folder: Path, step: int) -> Path:
-    """An empty folder for the checkpoint of a step; what a killed run left of it is removed."""
-    directory = folder / f"{PREFIX}{step}"
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"{PREFIX}{step}"
+
+
+def begin(directory: Path) -> None:
+    """Make an empty folder for a checkpoint; what a killed run left of it is removed."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    return directory
 
 
 def finish(directory: Path) -> None:
@@ -71,19 +74,19 @@ def load_optimizer(directory: Path, optimizer: Any, scheduler: Any) -> None:
     scheduler.load_state_dict(values["schedule"])
 
 
-def save_generators(directory: Path) -> None:
-    """The states of the random generators: torch's on the CPU and on the GPU in use, Python's, numpy's."""
+def save_generators(directory: Path, rank: int = 0) -> None:
+    """The states of a process's random generators: torch's on the CPU and its GPU, Python's, numpy's."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     name, keys, *rest = np.random.get_state()
     values = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
-    _write(directory, GENERATORS, tensors, values)
+    _write(directory, _of(GENERATORS, rank), tensors, values)
 
 
-def load_generators(directory: Path) -> None:
+def load_generators(directory: Path, rank: int = 0) -> None:
     """Put back what save_generators wrote; a GPU's is left out where there is none."""
-    tensors, values = _read(directory, GENERATORS)
+    tensors, values = _read(directory, _of(GENERATORS, rank))
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
@@ -92,15 +95,20 @@ def load_generators(directory: Path) -> None:
     np.random.set_state(tuple(values["numpy"]))
 
 
-def save_sums(directory: Path, sums: Mapping[str, Tensor], since: int) -> None:
-    """What has been summed over the steps after step `since`, the last one logged."""
-    _write(directory, SUMS, sums, {"since": since})
+def save_sums(directory: Path, sums: Mapping[str, Tensor], since: int, rank: int = 0) -> None:
+    """What a process has summed over the steps after step `since`, the last one logged."""
+    _write(directory, _of(SUMS, rank), sums, {"since": since})
 
 
-def load_sums(directory: Path, device: torch.device) -> tuple[dict[str, Tensor], int]:
+def load_sums(directory: Path, device: torch.device, rank: int = 0) -> tuple[dict[str, Tensor], int]:
     """What save_sums was given."""
-    tensors, values = _read(directory, SUMS)
+    tensors, values = _read(directory, _of(SUMS, rank))
     return {name: tensor.to(device) for name, tensor in tensors.items()}, values["since"]
+
+
+def _of(name: str, rank: int) -> str:
+    """A file's name for one of several processes; the first has the plain one."""
+    return f"{name}-{rank}" if rank else name
 
 
 def _write(directory: Path, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:

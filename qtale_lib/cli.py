@@ -337,6 +337,37 @@ def _text(value: Any) -> str:
 
 
 @app.command()
+def export(
+    profile: ProfileName = "tiny",
+    figure: Annotated[str | None, typer.Option(help="Its number, or its file's name.")] = None,
+    table: Annotated[str | None, typer.Option(help="Its number, or its file's name.")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="pdf, png, svg or pgf; latex, markdown or csv.")
+    ] = None,
+    width: Annotated[str | None, typer.Option(help="Of a figure, such as 3.25in or 8.25cm.")] = None,
+    font: Annotated[str | None, typer.Option(help="Of a figure: an installed family.")] = None,
+    size: Annotated[float | None, typer.Option(help="Of a figure's smallest text, in points.")] = None,
+    palette: Annotated[
+        str | None, typer.Option(help="okabe-ito, tol, grey, or five colours with commas between them.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(),
+) -> None:
+    """Draw a figure for a paper, or copy a table out, from a profile's results or the committed ones."""
+    if (figure is None) == (table is None):
+        raise UserError("Name one to export: --figure 3, or --table 1.")
+    from qtale_lib import exporting  # loads matplotlib
+
+    lab = Lab(profile)
+    if figure is not None:
+        look = exporting.Look(width and exporting.inches(width), font, size, palette)
+        written = exporting.export_figures(lab, figure, form or "pdf", look, out)
+    else:
+        written = exporting.export_tables(lab, table, form or "latex", out)
+    for path in written:
+        typer.echo(str(path))
+
+
+@app.command()
 def publish(profile: str) -> None:
     """Copy a finished profile's results, tables and figures to results/reference and figures/reference."""
     for path in publish_profile(Lab(profile)):

@@ -38,7 +38,18 @@ CSQA = TASKS[:7]
 METHODS: tuple[str, ...] = get_args(Method)
 BITS: tuple[int, ...] = get_args(Bits)
 MOST_SEEDS = 1000
-LABELS = ("name", "extends")  # what a profile is called says nothing about its results
+LABELS = ("name", "extends", "compute")  # what it is called, and how it is computed, say nothing of results
+# Settings newer than results that are kept, and what those were made with: so much changes no digest.
+EARLIER = {"data": "microworld", "training.gate_noise": "stream"}
+
+
+def without_earlier(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings without those of EARLIER that have the value that stands there; sections within too."""
+    return {
+        name: without_earlier(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if prefix + name not in EARLIER or EARLIER[prefix + name] != value
+    }
 
 
 def _distinct(values: tuple) -> tuple:
@@ -96,6 +107,8 @@ class Training(Section):
 
     rate_loss: "per_token" pins each token's ratio (D-LLM's code), "mean" the average alone (Eq. 4).
     save_steps: optimizer steps between checkpoints from which a killed run goes on; null keeps none.
+    gate_noise: "stream" draws the gates' noise as it comes; "keyed" from seed, step and row, whatever process
+        has the row, which several processes need.
     """
 
     epochs: Count
@@ -115,6 +128,20 @@ class Training(Section):
     ]
     rate_loss: Literal["per_token", "mean"]
     tau: Positive
+    gate_noise: Literal["stream", "keyed"]
+
+
+class Compute(Section):
+    """How a fine-tuning is computed: none of it changes its numbers, but for rounding.
+
+    processes: of one fine-tuning, each with a GPU of its own, or a core; they share the batch.
+    shard: spread the model's weights over the processes (FSDP), where it does not fit into each.
+    gradient_checkpointing: compute activations twice, to hold fewer.
+    """
+
+    processes: Count
+    shard: Annotated[bool, Field(strict=True, description="true or false")]
+    gradient_checkpointing: Annotated[bool, Field(strict=True, description="true or false")]
 
 
 class Lora(Section):
@@ -187,7 +214,8 @@ class Profile(Section):
     """All settings of one reproduction; every result carries it whole.
 
     base: "microworld" (the embedded one), a folder, a name in $QTALE_MODELS_DIR, or a hub id (`revision`).
-    data_dir: folder with the benchmarks' original files; None for the embedded world.
+    data: the embedded world ("microworld"), or the benchmarks from the hub ("hub").
+    data_dir: folder with the benchmarks' original files, in place of `data`; None leaves it to that.
     group_size: weights that share a quantization scale; -1 for one group per row.
     theta_sweep: further θ at which every routed model is evaluated, at every bit width; usually none.
     max_steps: optimizer steps of a fine-tuning, in place of what `epochs` come to; None leaves it to them.
@@ -205,6 +233,7 @@ class Profile(Section):
     extends: str | None
     base: Text
     revision: TextOrNull
+    data: Literal["microworld", "hub"]
     data_dir: Annotated[Path | None, Field(description="the path of an existing folder, or null")]
     tasks: Annotated[tuple[Task, ...], AfterValidator(_distinct), _list_of(", ".join(TASKS))]
     methods: Annotated[tuple[Method, ...], AfterValidator(_distinct), _list_of(", ".join(METHODS))]
@@ -235,6 +264,7 @@ class Profile(Section):
     prompt: Literal["compact", "dllm"]
     dtype: Literal["float32", "bfloat16"]
     training: Training
+    compute: Compute
     lora: Lora
     routing: Routing
     quantization: Quantization
@@ -262,7 +292,7 @@ class Profile(Section):
         """
         settings = self.model_dump(mode="json")
         named = sections or [section for section in settings if section not in LABELS]
-        text = json.dumps({section: settings[section] for section in named}, sort_keys=True)
+        text = json.dumps(without_earlier({section: settings[section] for section in named}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

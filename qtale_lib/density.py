@@ -102,6 +102,7 @@ def load_study(path: str | Path = STUDY) -> Study:
     for key, is_right, needed in (
         ("evaluated", study.evaluated != "test", "validation: test facts are for the base that it chooses"),
         ("base", study.base == EMBEDDED, f"{EMBEDDED}: its bases are pretrained on that"),
+        ("data", study.data == EMBEDDED, f"{EMBEDDED}: its bases know nothing else"),
         ("data_dir", study.data_dir is None, "null: its questions are the embedded world's"),
         ("methods", study.methods == ("full",), "[full]"),
         ("bits", 16 in study.bits and len(study.bits) > 1, "16 and others"),

@@ -7,13 +7,10 @@ or weights; a `config` is a Hugging Face config of a Llama, Mistral, Qwen2 or Qw
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from qtale_lib import paper
 from qtale_lib.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +39,6 @@ class Shape:
 
 LLAMA2_7B = Shape(4096, 11008, 32, 32, 32, 32000)
 LLAMA31_8B = Shape(4096, 14336, 32, 32, 8, 128256)
-REFERENCE = {"LLaMA2-7B": LLAMA2_7B, "LLaMA3.1-8B": LLAMA31_8B}
 
 
 def layer_linears(config: PreTrainedConfig | Shape) -> dict[str, tuple[int, int]]:
@@ -124,74 +120,6 @@ def file_bytes(directory: str | Path) -> int:
     if not files:
         raise UserError(f"{directory} holds no safetensors file: save the model there first.")
     return sum(file.stat().st_size for file in files)
-
-
-def reconcile_table3() -> pd.DataFrame:
-    """Table 3's sizes (GiB) and Full FLOPs (GFLOP) recomputed from the public configs, several ways.
-
-    Columns: model, quantity, bits, counted (how), recomputed, printed, agrees (to the printed digit).
-    """
-    columns = ["model", "quantity", "bits", "counted", "recomputed", "printed"]
-    frame = pd.DataFrame(_flops_rows() + _size_rows(), columns=columns)
-    return frame.assign(agrees=[_agrees(r.recomputed, r.printed, 1) for r in frame.itertuples()])
-
-
-def reconcile_relative_flops() -> pd.DataFrame:
-    """Table 3's relative FLOPs recomputed: its printed GFLOPs over Full's before rounding, `_paper_flops`.
-
-    Columns: those of `paper.efficiency()`, recomputed, agrees (GFLOPs rounding to those printed may give the
-    printed relative).
-    """
-    full = {model: _paper_flops(shape) for model, shape in REFERENCE.items()}
-    frame = paper.efficiency().query("method != 'full'").reset_index(drop=True)
-    recomputed = [r.gflops / full[r.model] for r in frame.itertuples()]
-    slack = [0.005 / full[r.model] for r in frame.itertuples()]
-    agrees = [
-        abs(value - printed) <= 0.005 + extra
-        for value, printed, extra in zip(recomputed, frame.relative, slack, strict=True)
-    ]
-    return frame.assign(recomputed=recomputed, agrees=agrees)
-
-
-def _paper_flops(shape: Shape) -> float:
-    """GFLOPs of all decoder layers as the paper seems to count them: grouped-query attention ignored."""
-    ungrouped = replace(shape, num_key_value_heads=shape.num_attention_heads)
-    return flops_per_token(ungrouped)["layers"] / GIGA
-
-
-def _flops_rows() -> list[tuple]:
-    rows = []
-    for model, shape in REFERENCE.items():
-        printed = _printed(model, 16, "gflops")
-        flops = flops_per_token(shape)
-        ways = {"decoder layers": flops["layers"] / GIGA, "decoder layers and lm_head": flops["total"] / GIGA}
-        if shape.num_key_value_heads != shape.num_attention_heads:
-            ways["decoder layers, k and v as if d×d"] = _paper_flops(shape)
-        rows += [(model, "GFLOP per token", 16, how, value, printed) for how, value in ways.items()]
-    return rows
-
-
-def _size_rows() -> list[tuple]:
-    rows = []
-    for model, shape in REFERENCE.items():
-        for bits in (16, 4, 3):
-            ways = {f"lm_head in {head} bits": (bits, head) for head in sorted({16, bits}, reverse=True)}
-            sizes = {how: model_bytes(shape, b, 128, head) for how, (b, head) in ways.items()}
-            totals = {how: parts["total"] for how, parts in sizes.items()}
-            if bits < 16:
-                whole = sizes["lm_head in 16 bits"]
-                totals["lm_head in 16 bits, no steps or zeros"] = whole["total"] - whole["groups"]
-            printed = _printed(model, bits, "model_gb")
-            rows += [(model, "GiB", bits, how, total / GIB, printed) for how, total in totals.items()]
-    return rows
-
-
-def _printed(model: str, bits: int, column: str) -> float:
-    return paper.efficiency().query("model == @model and bits == @bits and method == 'full'")[column].iloc[0]
-
-
-def _agrees(value: float, printed: float, digits: int) -> bool:
-    return f"{value:.{digits}f}" == f"{printed:.{digits}f}"
 
 
 def _head_dim(config: PreTrainedConfig | Shape) -> int:

@@ -193,22 +193,3 @@ def packed_file(store: Measurements, bits: int) -> int:
     profile = store.profile
     head = profile.quantization.lm_head_bits
     return packed_file_bytes(store.lab.base()["config"], bits, profile.group_size, head)["total"]
-
-
-def reconciliation_table() -> Table:
-    """Table 3's sizes and Full FLOPs recomputed from the public configs of both models, several ways."""
-    frame = efficiency.reconcile_table3()
-    keys = ("model", "quantity", "bits", "counted")
-    notes = (paper.SOURCE, "From the public configs; no weights are needed.")
-    table = of_numbers("table_3_reconciled", "Table 3 from the models' shapes", frame, keys, notes)
-    table.text["agrees"] = frame.agrees.map({True: "yes", False: "no"})
-    return table
-
-
-def relative_table() -> Table:
-    """The relative FLOPs of Table 3 that its printed GFLOPs do not give."""
-    frame = efficiency.reconcile_relative_flops().rename(columns={"task": "group"})
-    odd = frame[~frame.agrees].drop(columns="agrees")
-    note = f"All other cells ({int(frame.agrees.sum())} of {len(frame)}) follow from the printed GFLOPs."
-    caption = "Relative FLOPs of Table 3 that do not follow from its GFLOPs"
-    return _labelled(of_numbers("table_3_relative", caption, odd, ("model", *KEYS), (paper.SOURCE, note)))

@@ -9,11 +9,16 @@ are embedded; the same frame gives the same bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,7 +29,13 @@ from qtale_lib.paper import GROUPS, METHODS, TASK_LABELS
 
 COLUMN, PAGE = 3.25, 6.75  # inches
 FORMATS = ("pdf", "png", "svg")
-BLACK, ORANGE, SKY, GREEN, BLUE, RED = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
+BLACK = "#000000"
+ORANGE, SKY, GREEN, BLUE, RED = "C0", "C1", "C2", "C3", "C4"  # places in the palette in use
+PALETTES = {
+    "okabe-ito": ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"),
+    "tol": ("#CCBB44", "#66CCEE", "#228833", "#4477AA", "#EE6677"),
+    "grey": ("#8C8C8C", "#C8C8C8", "#777777", "#6E6E6E", "#1A1A1A"),
+}
 WHOLE = {"clip_on": False, "zorder": 3}  # marks at a limit lie on the axis, not cut in half by it
 DOT = {"marker": "o", "markersize": 2.8, **WHOLE}
 SQUARE = {"marker": "s", "markersize": 5, "markerfacecolor": "none", "markeredgewidth": 0.9, **WHOLE}
@@ -55,6 +66,8 @@ STYLE = {
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
+    "axes.prop_cycle": cycler(color=PALETTES["okabe-ito"]),
     "legend.frameon": False,
     "lines.linewidth": 1.1,
     "hatch.linewidth": 0.5,
@@ -74,10 +87,26 @@ NOT_RUN = "not run in this profile"
 def canvas(
     width: float, height: float, rows: int = 1, columns: int = 1, **options
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of that size in inches in the suite's style, and its axes as an array [rows, columns]."""
+    """A figure of that size in inches in the style in use, and its axes as an array [rows, columns]."""
     matplotlib.rcParams.update(STYLE)
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(_width.get() or width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+_width: ContextVar[float | None] = ContextVar("width", default=None)
+
+
+@contextmanager
+def styled(width: float | None, changes: dict[str, Any]) -> Iterator[None]:
+    """Draw figures of another width (inches), and by other settings of matplotlib than STYLE's, meanwhile."""
+    before, token = dict(STYLE), _width.set(width)
+    STYLE.update(changes)
+    try:
+        yield
+    finally:
+        _width.reset(token)
+        STYLE.clear()
+        STYLE.update(before)
 
 
 def save(figure: Figure, data: pd.DataFrame, name: str, directory: Path) -> dict[str, Path]:
@@ -85,10 +114,17 @@ def save(figure: Figure, data: pd.DataFrame, name: str, directory: Path) -> dict
     directory.mkdir(parents=True, exist_ok=True)
     paths = {suffix: directory / f"{name}.{suffix}" for suffix in (*FORMATS, "csv")}
     with matplotlib.rc_context(STYLE):
+        lay_out(figure)
         for suffix in FORMATS:
             figure.savefig(paths[suffix], metadata=UNDATED[suffix])
     data.to_csv(paths["csv"], index=False, lineterminator="\n")
     return paths
+
+
+def lay_out(figure: Figure) -> None:
+    """Find every place once and for all: each format would come out a little different otherwise."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def empty(message: str = NOT_RUN) -> Figure:
@@ -153,7 +189,7 @@ def heatmaps(frame: pd.DataFrame) -> Figure:
     rows, columns = math.ceil(len(tasks) / 2), min(len(tasks), 2)
     figure, axes = canvas(PAGE if columns > 1 else COLUMN, 0.5 + 1.15 * rows, rows, columns)
     for axis, task in zip(axes.flat, tasks, strict=False):
-        image = _heatmap(axis, frame[frame.task == task])
+        image = _heatmap(axis, frame[frame.task == task], figure.get_figwidth() / columns)
         axis.set_title(TASK_LABELS[task])
     for axis in axes.flat[len(tasks) :]:
         axis.axis("off")
@@ -161,7 +197,7 @@ def heatmaps(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _heatmap(axis: Axes, frame: pd.DataFrame):
+def _heatmap(axis: Axes, frame: pd.DataFrame, width: float):
     wide = frame.pivot(index="epoch", columns="layer", values="ratio")
     image = axis.imshow(wide, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     step = 1 if wide.shape[1] <= 16 else 4
@@ -169,7 +205,7 @@ def _heatmap(axis: Axes, frame: pd.DataFrame):
     axis.set(yticks=range(len(wide)), yticklabels=[f"{epoch:.3g}" for epoch in wide.index])
     axis.set(xlabel="layer", ylabel="epoch")
     axis.spines[:].set_visible(True)
-    if wide.shape[1] <= 12:  # else the numbers would touch
+    if wide.shape[1] <= 3.6 * width:  # inches of the panel and its labels: else the numbers would touch
         for (row, column), value in np.ndenumerate(wide.to_numpy()):
             ink = "white" if value < 0.55 else "black"
             axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=ink)
@@ -306,7 +342,7 @@ def _label_rows(axes: np.ndarray, groups: list[str]) -> None:
 def _theta_legends(figure: Figure, frame: pd.DataFrame, groups: list[str]) -> None:
     """Above: the scores' bit widths, and what is known of their noise; below: the ratios' groups."""
     bits = [Line2D([], [], color="0.25", **_bits_look(bits)) for bits in sorted(frame.bits.unique())]
-    figure.legend(handles=bits, title=BAND, title_fontsize=7, loc="outside upper center", ncols=2)
+    figure.legend(handles=bits, title=BAND, loc="outside upper center", ncols=2)
     styles = [{**style, "marker": "none"} for style in RANKED]
     ratios = [Line2D([], [], label=TASK_LABELS[g], **style) for g, style in zip(groups, styles, strict=False)]
     figure.legend(handles=ratios, loc="outside lower center", ncols=3)

@@ -18,7 +18,7 @@ import pandas as pd
 
 from qtale_lib import jobs
 from qtale_lib.base import base_facts, file_stamp
-from qtale_lib.config import Profile, load_profile
+from qtale_lib.config import Profile, load_profile, without_earlier
 from qtale_lib.data import Example, Loaded, data_hash, read_task, subset
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, expected_seconds
@@ -43,7 +43,7 @@ PATIENCE = 1.0  # seconds to wait for another process, before other jobs are loo
 BYTES = {"float32": 4, "bfloat16": 2}
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
-UNUSED = {"full": ONLY_ROUTED, "noisy_full": ONLY_ROUTED, "dllm": ("lambda2",), "qtale": ()}
+UNUSED = {"full": (*ONLY_ROUTED, "gate_noise"), "noisy_full": ONLY_ROUTED, "dllm": ("lambda2",), "qtale": ()}
 
 Spec = dict[str, Any]
 
@@ -104,14 +104,15 @@ class Lab:
             profile.evaluated: [profile.limit.test],
         }
         given = [limit for limit in limits.get(split, ()) if limit is not None]
-        loaded = read_task(task, split, profile.data_dir)
+        loaded = read_task(task, split, profile.data_dir, profile.data)
         return Loaded(subset(loaded.examples, min(given, default=None)), loaded.source)
 
     def settings(self, kind: str, spec: Spec) -> dict[str, Any]:
         """The part of the profile that a result depends on, and nothing else of it."""
         everything = self.profile.model_dump(mode="json")
         if kind == "finetune":
-            return _finetune_settings({name: everything[name] for name in FINETUNING}, spec["method"])
+            kept = without_earlier({name: everything[name] for name in FINETUNING})
+            return _finetune_settings(kept, spec["method"])
         names = list(ENCODING)
         names += QUANTIZING if spec["bits"] < 16 else ()
         names += ["calibration"] if kind == "threshold" else []

@@ -39,10 +39,23 @@ def rate_loss(
     """
     per_token = gates.mean(0)  # [B, T]
     if kind == "mean":
-        return (masked_mean(per_token, counted) - target * counted.any()).abs()
+        return (masked_mean(per_token, counted) - target * counted.any()).abs()  # of this batch alone
     if kind == "per_token":
         return masked_mean((per_token - target).abs(), counted)
     raise ValueError(f'rate loss {kind!r} is neither "per_token" nor "mean"')
+
+
+def share_of_mean_rate(gates: Tensor, counted: Tensor, target: float, rate: Tensor, tokens: Tensor) -> Tensor:
+    """A part's share of |rate − target|, `rate` being that of a whole batch, known beforehand.
+
+    Shares add up to it, and so do their gradients, as its sign is the same for all parts.
+
+    Args:
+        gates: [L, B, T] of the part; counted: bool [B, T].
+        rate: mean of the gates over all counted tokens of the whole; tokens: how many these are.
+    """
+    mine = torch.where(counted, gates.mean(0) - target, 0).sum() / tokens
+    return (rate - target).sign() * mine
 
 
 def entropy_loss(soft: Tensor, counted: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The numbers that the paper prints (QTALE, arXiv 2602.10431, Tables 1-4), beside which ours stand.
 
-The tables were copied from an extraction of the PDF's text; `arithmetic()` recomputes what can be recomputed
-from the printed columns, so that a slip of the copy or of the print shows. This suite measures nothing here.
+The tables were copied from an extraction of the PDF's text; paper_arithmetic.py recomputes what follows from
+other numbers, so that a slip of the copy or of the print shows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ TASK_LABELS = {
 }  # fmt: skip
 ACCURACY_COLUMNS = (*CSQA, "avg", "mmlu", "alpaca_ppl")
 GROUP_SIZE = 128  # weights that share a quantization scale (Sec. 4.1)
-ROUNDING = 0.011  # what two decimals leave open, plus floating point
 GROUPS = ("csqa", "mmlu", "alpaca")
 
 # bits, method, then ACCURACY_COLUMNS: accuracy in percent, and PPL
@@ -128,64 +127,3 @@ def printed(model: str, bits: int, method: str, task: str) -> float:
     if chosen.empty:
         raise KeyError(f"the paper prints no {task} for {model}, {bits} bits, {method}")
     return float(chosen.value.iloc[0])
-
-
-def recomputed_averages() -> pd.DataFrame:
-    """The mean of the seven printed CSQA columns beside the printed average, row by row of Tables 1 and 2."""
-    keys = ["table", "model", "bits", "method"]
-    wide = accuracy().pivot_table(index=keys, columns="task", values="value", sort=False)
-    frame = pd.DataFrame({"printed": wide["avg"], "recomputed": wide[list(CSQA)].mean(axis=1).round(2)})
-    frame["difference"] = (frame.recomputed - frame.printed).round(2)
-    return frame.reset_index()
-
-
-def recomputed_relatives() -> pd.DataFrame:
-    """Printed GFLOPs over those printed for Full beside the printed relative, cell by cell of Table 3."""
-    frame = efficiency()
-    whole = frame[frame.method == "full"].set_index(["model", "bits", "task"]).gflops
-    full = [whole[key] for key in zip(frame.model, frame.bits, frame.task, strict=True)]
-    frame = frame.assign(recomputed=(frame.gflops / full).round(4))
-    return frame.assign(difference=(frame.recomputed - frame.relative).round(4))
-
-
-def arithmetic() -> pd.DataFrame:
-    """What does not follow from the printed columns, neutrally: where, printed, recomputed from them."""
-    rows = _average_mismatches() + _relative_mismatches() + _ratio_mismatches() + _gap_mismatches()
-    return pd.DataFrame(rows, columns=["where", "printed", "recomputed from the printed columns"])
-
-
-def _average_mismatches() -> list[tuple[str, float, float]]:
-    frame = recomputed_averages()
-    return [
-        (f"{row.table}, {row.bits} bits, {METHODS[row.method]}, CSQA average", row.printed, row.recomputed)
-        for row in frame[frame.difference.abs() > ROUNDING].itertuples()
-    ]
-
-
-def _relative_mismatches() -> list[tuple[str, float, float]]:
-    frame = recomputed_relatives()
-    return [
-        (f"table3, {row.model}, {row.bits} bits, {METHODS[row.method]}, {TASK_LABELS[row.task]}, relative",
-         row.relative, round(row.recomputed, 2))
-        for row in frame[frame.difference.abs() > ROUNDING].itertuples()
-    ]  # fmt: skip
-
-
-def _gap_mismatches() -> list[tuple[str, float, float]]:
-    """Models whose printed averages contradict the abstract's "gap ... kept below 0.5%" at 4 bits."""
-    gaps = {m: printed(m, 4, "full", "avg") - printed(m, 4, "qtale", "avg") for m in MODELS.values()}
-    where = "abstract ('gap ... kept below 0.5%') against the tables, {}, 4 bits, Full - QTALE"
-    return [(where.format(model), 0.5, round(gap, 2)) for model, gap in gaps.items() if round(gap, 2) >= 0.5]
-
-
-def _ratio_mismatches() -> list[tuple[str, float, float]]:
-    """4-bit rows whose relative FLOPs (Table 3) and R_avg (Table 4) differ by more than rounding allows."""
-    relative = efficiency().query("bits == 4").set_index(["model", "method", "task"]).relative
-    rows = []
-    for row in ablation().itertuples():
-        method = {("no", "0.5"): "dllm", ("yes", "adjust"): "qtale"}.get((row.entropy_loss, row.theta))
-        if method and abs(relative[row.model, method, row.task] - row.execution_ratio) > ROUNDING:
-            cell = f"{row.model}, 4 bits, {METHODS[method]}, {TASK_LABELS[row.task]}"
-            value = float(relative[row.model, method, row.task])
-            rows.append((f"table3 against R_avg of table4, {cell}", value, row.execution_ratio))
-    return rows

@@ -356,14 +356,3 @@ def _test_rows(store: Measurements) -> list[dict[str, Any]]:
         facts = len({fact for names in value["facts"] for fact in names})
         rows.append({"task": task, "split": store.profile.evaluated, **value["rows"], "facts": facts or None})
     return rows
-
-
-# A note on the paper's own arithmetic.
-
-
-def arithmetic_table() -> Table:
-    """What the paper's printed columns give when recomputed, where that differs from what it prints."""
-    frame = paper.arithmetic()
-    text = frame.assign(**{name: frame[name].map(number) for name in frame.columns[1:]})
-    return Table("paper_arithmetic", "Recomputed from the printed columns", text, frame, ("where",),
-                 (paper.SOURCE,))  # fmt: skip

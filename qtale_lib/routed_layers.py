@@ -9,9 +9,10 @@ also skip (skipping.py).
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,27 @@ class RouterConfig:
             raise UserError(f"RouterConfig.max_pull is {self.max_pull}: it must be at least 1.")
 
 
+class NoiseKey(NamedTuple):
+    """What the noise of a forward pass in training follows from, however rows are spread over passes.
+
+    examples: the number of each row of the batch, in the training rows.
+    """
+
+    seed: int
+    step: int
+    examples: list[int]
+
+    def draw(self, layers: int, valid: Tensor) -> Tensor:
+        """Gumbel noise [layers, B, T, 2], float32, zero on padding; valid: bool [B, T]."""
+        noise = torch.zeros(layers, *valid.shape, 2)
+        for row, (example, tokens) in enumerate(zip(self.examples, valid.cpu(), strict=True)):
+            text = f"{self.seed} {self.step} {example}".encode()
+            number = int.from_bytes(hashlib.sha256(text).digest()[:7])
+            generator = torch.Generator().manual_seed(number)
+            noise[:, row, tokens] = gumbel((layers, int(tokens.sum()), 2), generator)
+        return noise
+
+
 class RoutingState:
     """What a routed model remembers between forward passes; it lives on the inner decoder as `.routing`."""
 
@@ -71,6 +93,7 @@ class RoutingState:
         self.theta = 0.5
         self.execution = "auto"
         self.generator: torch.Generator | None = None
+        self.noise_key: NoiseKey | None = None
         self.recorder: Routes | None = None
 
 
@@ -97,8 +120,12 @@ class ForwardPass:
     def sample(self, layer: int, logits: Tensor) -> Tensor:
         """Training: the straight-through execute gate of Eq. 5, 6, exactly 0 or 1. [B, T, 2] -> [B, T]."""
         if self.noise is None:  # one draw for all layers
-            shape = (len(self.state.routed_layers), *logits.shape)
-            self.noise = gumbel(shape, self.state.generator, logits.device, logits.dtype)
+            layers, key = len(self.state.routed_layers), self.state.noise_key
+            if key is None:
+                shape = (layers, *logits.shape)
+                self.noise = gumbel(shape, self.state.generator, logits.device, logits.dtype)
+            else:
+                self.noise = key.draw(layers, self.valid).to(logits)
         noise = self.noise[layer - self.state.config.always_run_layers]
         hard, soft = gumbel_softmax(logits, noise, self.state.config.tau)
         gate = hard[..., EXECUTE].masked_fill(self.reserved, 1.0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from qtale_lib.config import LABELS
+from qtale_lib.config import EARLIER, LABELS
 from qtale_lib.provenance import ROOT
 from qtale_lib.store import read_json
 
@@ -236,9 +236,10 @@ def _reference_note(lab: Lab, provenance: Any) -> str:
 def _other_settings(lab: Lab, provenance: dict[str, Any]) -> list[str]:
     """Dotted keys of the profile with other values in the reference; "base" for other weights alone."""
     here, there = _dotted(lab.profile.model_dump(mode="json")), _dotted(provenance["profile"])
+    there = {**EARLIER, **there}
     other = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     same_base = lab.base()["sha256"] == provenance["base"]["sha256"]
-    names = [key for key in other if key not in (*LABELS, "base", "revision")]
+    names = [key for key in other if key.split(".")[0] not in (*LABELS, "base", "revision")]
     return names if same_base else ["base", *names]
 
 

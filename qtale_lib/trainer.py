@@ -8,7 +8,8 @@ routers and none of their decisions (see `only_noise`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,17 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qtale_lib import checkpoints
-from qtale_lib.adaptive import record_routes, reserved_tokens
+from qtale_lib.adaptive import NoiseKey, Routes, record_routes, reserved_tokens, set_noise_key
 from qtale_lib.data.encoding import IGNORED
 from qtale_lib.errors import UserError
-from qtale_lib.losses import counted_tokens, entropy_loss, lambda1_at, rate_loss, total_loss
+from qtale_lib.losses import (
+    counted_tokens,
+    entropy_loss,
+    lambda1_at,
+    rate_loss,
+    share_of_mean_rate,
+    total_loss,
+)
 
 TRAINABLE_FILE = "trainable.safetensors"
 
@@ -50,10 +58,13 @@ class Objective(NamedTuple):
 
 
 class TokenCounts(NamedTuple):
-    """Tokens of one optimizer step, all micro-batches: what CE and what the routing losses average over."""
+    """Tokens of one optimizer step, all micro-batches and processes: what CE and what the routing losses
+    average over; and the execution rate over the latter, where the loss needs it before any backward pass.
+    """
 
     response: Tensor
     rated: Tensor
+    rate: Tensor | None = None
 
 
 def add_lora(model: PreTrainedModel, settings: Any) -> PeftModel:
@@ -146,16 +157,20 @@ def response_loss(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, l
 class RoutedTrainer(Trainer):
     """Trainer with CE + λ1(e)·L_rate − λ2·L_entropy (Eq. 8), every mean taken over the effective batch.
 
-    CE is weighted by response token and the routing terms by rated token over all accumulated micro-batches,
-    so accumulation 4×1 gives 1×4 (not for L_rate of kind "mean": its absolute value is per micro-batch).
+    CE is weighted by response token and the routing terms by rated token over all accumulated micro-batches
+    of all processes, so that 4×1 gives 1×4, and two processes what one does. L_rate of kind "mean" is the
+    absolute value of a mean over them all: the rate is found first, in a forward pass without gradients.
+    keyed: whether the noise of gates follows from seed, step and row; several processes need it to.
     """
 
     # compute_loss divides by the counts of the whole optimizer step, so training_step must not divide again.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, objective: Objective, router_lr: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, objective: Objective, router_lr: float, keyed: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.objective = objective
+        self.objective, self.keyed = objective, keyed and objective.routed
         self.router_lr = router_lr
         self._reserved = reserved_tokens(self.model)
         self._sums: dict[str, Tensor] = {}
@@ -178,7 +193,33 @@ class RoutedTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         response = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
         rated = sum(self._rated(batch).sum() for batch in batches)
-        return batches, TokenCounts(response.to(device), rated.clamp_min(1).to(device))
+        counts = self._over_processes(torch.stack([response, rated]).to(device))
+        return batches, self._with_rate(batches, TokenCounts(counts[0], counts[1].clamp_min(1)))
+
+    def _over_processes(self, values: Tensor) -> Tensor:
+        """Their sum over all processes."""
+        return self.accelerator.reduce(values, "sum") if self.accelerator.num_processes > 1 else values
+
+    def _with_rate(self, batches: list[dict[str, Tensor]], counts: TokenCounts) -> TokenCounts:
+        """The counts, with the rate where a mean over several parts is asked for.
+
+        The random numbers that the passes use are drawn again in training.
+        """
+        parts = len(batches) * self.accelerator.num_processes
+        if not self.objective.routed or self.objective.rate_kind != "mean" or parts == 1:
+            return counts
+        devices = [self.args.device.index or 0] if self.args.device.type == "cuda" else []
+        self.model.train()
+        with torch.random.fork_rng(devices), torch.no_grad():
+            open_ = sum(self._open(self._prepare_inputs(dict(batch))) for batch in batches)
+        return counts._replace(rate=self._over_processes(open_) / counts.rated)
+
+    def _open(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Sum over rated tokens of the share of layers that their gates open."""
+        rated = self._rated(inputs)
+        with self._recorded(inputs) as routes:
+            self._cross_entropy(inputs)
+        return routes.gates.mean(0)[rated].sum()
 
     def _rated(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The tokens that the routing losses average over, bool [B, T]."""
@@ -194,29 +235,63 @@ class RoutedTrainer(Trainer):
         """This micro-batch's share of the step's loss; UserError with layer and step if it is not finite."""
         counts: TokenCounts = num_items_in_batch
         if self.objective.routed:
-            terms = self._routed_terms(model, inputs, counts)
+            terms = self._routed_terms(inputs, counts)
         else:
-            ce = response_loss(model, **inputs) / counts.response
+            ce = self._cross_entropy(inputs) / counts.response
             terms = {"ce": ce, "total": ce}
-        if not torch.isfinite(terms["total"]):
-            raise UserError(describe_divergence(model, inputs, self.state.global_step))
+        if self._over_processes((~torch.isfinite(terms["total"].detach())).long()):
+            raise UserError(describe_divergence(self.model, _texts(inputs), self.state.global_step))
         self._add_up({name: value.detach() for name, value in terms.items() if name != "total"})
-        return terms["total"]
+        processes = self.accelerator.num_processes  # gradients are averaged over them
+        return terms["total"] * processes if processes > 1 else terms["total"]
 
-    def _routed_terms(
-        self, model: nn.Module, inputs: dict[str, Tensor], counts: TokenCounts
-    ) -> dict[str, Tensor]:
+    def _cross_entropy(self, inputs: dict[str, Tensor]) -> Tensor:
+        return response_loss(self.model, **_texts(inputs))
+
+    @contextmanager
+    def _recorded(self, inputs: dict[str, Tensor]) -> Iterator[Routes]:
+        """The routes of a forward pass in this context, under noise by key if so asked for."""
+        if self.keyed:
+            key = NoiseKey(self.args.seed, self.state.global_step, inputs["example"].tolist())
+            set_noise_key(self.model, key)
+        try:
+            with record_routes(self.model) as routes:
+                yield routes
+        finally:
+            set_noise_key(self.model, None)
+
+    def _routed_terms(self, inputs: dict[str, Tensor], counts: TokenCounts) -> dict[str, Tensor]:
         aim = self.objective
-        with record_routes(model) as routes:
-            ce = response_loss(model, **inputs) / counts.response
+        with self._recorded(inputs) as routes:
+            ce = self._cross_entropy(inputs) / counts.response
         rated = self._rated(inputs)  # [B, T]
         share = rated.sum() / counts.rated
-        rate = rate_loss(routes.gates, rated, aim.rate_target, aim.rate_kind) * share
+        if counts.rate is None:
+            rate = rate_loss(routes.gates, rated, aim.rate_target, aim.rate_kind) * share
+        else:
+            rate = share_of_mean_rate(routes.gates, rated, aim.rate_target, counts.rate, counts.rated)
         entropy = entropy_loss(routes.soft, rated) * share
         lambda1 = lambda1_at(self.state.global_step / self.state.max_steps, aim.lambda1)
         loss_ratio = routes.gates.detach().mean(0)[rated].mean() * share
         total = total_loss(ce, rate, entropy, lambda1, aim.lambda2)
         return {"ce": ce, "rate": rate, "entropy": entropy, "loss_ratio": loss_ratio, "total": total}
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Trainer's; the last one before an optimizer step averages gradients over the processes."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            self._average_gradients()
+        return loss
+
+    def _average_gradients(self) -> None:
+        """DistributedDataParallel would do it in a forward pass of the whole model; the loss has its own."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        mean = self.accelerator.reduce(torch.cat([g.flatten() for g in flat]), "mean")
+        for parameter, part in zip(trained, mean.split([p.numel() for p in trained]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def _add_up(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -230,7 +305,8 @@ class RoutedTrainer(Trainer):
         if "train_runtime" in logs:
             logs = {}
         steps = max(self.state.global_step - self._summed_from, 1)
-        logs = {**logs, **{name: float(value) / steps for name, value in self._sums.items()}}
+        sums = {name: float(self._over_processes(value)) for name, value in self._sums.items()}
+        logs = {**logs, **{name: value / steps for name, value in sums.items()}}
         self._sums, self._summed_from = {}, self.state.global_step
         if self.objective.routed:
             logs["lambda1"] = lambda1_at(
@@ -250,13 +326,21 @@ class RoutedTrainer(Trainer):
         """Safetensors and JSON where Trainer pickles; none at the last step, as the model is saved next."""
         if self.state.global_step >= self.state.max_steps:
             return
-        directory = checkpoints.begin(Path(self.args.output_dir), self.state.global_step)
-        self._save(str(directory))
-        checkpoints.save_optimizer(directory, self.optimizer, self.lr_scheduler)
-        checkpoints.save_generators(directory)
-        checkpoints.save_sums(directory, {**self._sums, "loss": self._tr_loss}, self._summed_from)
-        self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
-        checkpoints.finish(directory)
+        folder, first = Path(self.args.output_dir), self.is_world_process_zero()
+        directory = checkpoints.place(folder, self.state.global_step)
+        if first:
+            checkpoints.begin(directory)
+        self.accelerator.wait_for_everyone()
+        rank = self.accelerator.process_index
+        checkpoints.save_generators(directory, rank)
+        checkpoints.save_sums(directory, {**self._sums, "loss": self._tr_loss}, self._summed_from, rank)
+        self.accelerator.wait_for_everyone()
+        if first:
+            self._save(str(directory))
+            checkpoints.save_optimizer(directory, self.optimizer, self.lr_scheduler)
+            self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
+            checkpoints.finish(directory)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A checkpoint holds LoRA and routers together; peft's own saving would leave the routers out."""
@@ -273,10 +357,16 @@ class RoutedTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's last call before the first step; the sums come here because it zeroes its own before."""
         if checkpoint is not None:
-            checkpoints.load_generators(Path(checkpoint))
-            self._sums, self._summed_from = checkpoints.load_sums(Path(checkpoint), self.args.device)
+            rank = self.accelerator.process_index
+            checkpoints.load_generators(Path(checkpoint), rank)
+            self._sums, self._summed_from = checkpoints.load_sums(Path(checkpoint), self.args.device, rank)
             self._tr_loss = self._sums.pop("loss")
             self._globalstep_last_logged = self._summed_from
+
+
+def _texts(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch without what the model does not read."""
+    return {name: tensor for name, tensor in inputs.items() if name != "example"}
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

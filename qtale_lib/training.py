@@ -54,6 +54,7 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune and save LoRA and routers to `directory`; a checkpoint found there is gone on from.
 
+    Several processes started together (distributed.py) share the work; the first of them writes.
     Returns history (one entry per logged point), probes, rows {used, dropped, cut}, steps, epochs, the number
     of trainable parameters and seconds (all of training, and those in probes). progress gets the share
     done; examples default to the profile's training rows.
@@ -61,7 +62,7 @@ def finetune(
     """
     model, tokenizer = load_base(profile)
     if examples is None:
-        examples = subset(load_task(task, "train", profile.data_dir), profile.limit.train)
+        examples = subset(load_task(task, "train", profile.data_dir, profile.data), profile.limit.train)
     rows, counts = train_rows(profile, task, examples, tokenizer)
     model = prepare_model(model, profile, method, seed)
     probe = ProbeCallback(probed(rows, profile.probes.samples), profile.training.eval_batch_size, seed)
@@ -73,8 +74,10 @@ def finetune(
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=_last_checkpoint(directory))
     seconds = time.monotonic() - started
-    save_routed(model, directory, base=profile.base)
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        save_routed(model, directory, base=profile.base)
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     return {**_outcome(trainer, counts), "training_seconds": seconds, "probe_seconds": probe.seconds}
 
 
@@ -128,14 +131,16 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> RoutedTrainer:
     """The Trainer of one run, silent on the console."""
+    keyed = profile.training.gate_noise == "keyed"
     trainer = RoutedTrainer(
         model=model,
         args=trainer_arguments(profile, seed, len(rows), directory),
-        train_dataset=rows,
+        train_dataset=[{**row, "example": number} for number, row in enumerate(rows)] if keyed else rows,
         data_collator=functools.partial(collate, pad_id=tokenizer.pad_token_id or 0),
         callbacks=callbacks,
         objective=Objective.of(method, profile.training),
         router_lr=profile.training.router_lr,
+        keyed=keyed,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -145,10 +150,11 @@ def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -
     """Trainer's arguments for a profile's recipe: no clipping, no reporters, no console, resumable saves."""
     recipe = profile.training
     steps = planned_steps(recipe, rows, profile.max_steps)
+    batch_size, accumulation = share_of_batch(profile)
     return TrainingArguments(
         output_dir=str(directory / CHECKPOINTS),
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         num_train_epochs=recipe.epochs,
         max_steps=profile.max_steps or -1,
         learning_rate=recipe.lr,
@@ -170,6 +176,29 @@ def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -
         save_steps=recipe.save_steps or 500,
         report_to=[],
         disable_tqdm=True,
+        activation_checkpointing=profile.compute.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        ddp_backend="gloo" if profile.compute.processes > 1 and not torch.cuda.is_available() else None,
+    )
+
+
+def share_of_batch(profile: Profile) -> tuple[int, int]:
+    """(batch size, accumulation) of each process, so that all of them together have the recipe's batch.
+
+    Raises:
+        UserError: if the processes cannot share it evenly, or their gates' noise would not be one model's.
+    """
+    recipe, processes = profile.training, profile.compute.processes
+    if processes > 1 and recipe.gate_noise != "keyed":
+        raise profile.refusal("training.gate_noise", 'must be "keyed" where compute.processes is above 1')
+    if recipe.gradient_accumulation % processes == 0:
+        return recipe.batch_size, recipe.gradient_accumulation // processes
+    if recipe.batch_size % processes == 0:
+        return recipe.batch_size // processes, recipe.gradient_accumulation
+    raise profile.refusal(
+        "compute.processes",
+        f"divides neither batch_size {recipe.batch_size} nor gradient_accumulation "
+        f"{recipe.gradient_accumulation}; use a number that does",
     )
 
 

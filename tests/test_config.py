@@ -1,9 +1,12 @@
 """Profiles: what the shipped ones say, what a user's own inherits, what is refused and how, and digests."""
 
+import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qtale_lib import jobs
-from qtale_lib.config import BITS, CSQA, LABELS, METHODS, TASKS, Profile, load_profile
+from qtale_lib.config import BITS, CSQA, EARLIER, LABELS, METHODS, TASKS, Profile, load_profile
 from qtale_lib.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +59,7 @@ def test_shipped_profiles_load_by_name_and_by_path(path):
 
 def test_tiny_is_the_papers_grid_on_the_embedded_world():
     tiny = load_profile("tiny")
-    assert (tiny.base, tiny.data_dir, tiny.extends) == ("microworld", None, None)
+    assert (tiny.base, tiny.data, tiny.data_dir, tiny.extends) == ("microworld", "microworld", None, None)
     assert (tiny.tasks, tiny.bits, tiny.seeds) == (TASKS, (16, 4, 3, 2), (0,))
     assert tiny.methods == ("full", "dllm", "qtale") == METHODS[:3]
     assert len(TASKS) == 9 and set(TASKS) - set(CSQA) == {"mmlu", "alpaca"}
@@ -64,7 +67,7 @@ def test_tiny_is_the_papers_grid_on_the_embedded_world():
 
 def test_tiny_says_every_setting_since_all_else_extends_it():
     says = yaml.safe_load((ROOT / "qtale_lib/profiles/tiny.yaml").read_text())
-    assert set(says) == set(Profile.model_fields) - set(LABELS)
+    assert set(says) == set(Profile.model_fields) - {"name", "extends"}
 
 
 def test_tiny_full_is_tiny_over_seeds_and_along_theta_as_its_plan_says():
@@ -368,6 +371,7 @@ def test_digest_sees_every_section_and_a_stages_only_its_own(section, tmp_path):
     tiny = load_profile("tiny")
     new = {
         "revision": "abc",
+        "data": "hub",
         "data_dir": str(tmp_path),
         "group_size": 64,
         "max_steps": 7,
@@ -387,6 +391,20 @@ def test_a_further_seed_leaves_the_stages_digests(write):
     stages = [name for name in Profile.model_fields if name not in (*LABELS, *GRID)]
     more = load_profile(write("more.yaml", "seeds: 5\ntasks: [piqa]\nbits: [16]\nmethods: [full]\n"))
     assert more.digest(*stages) == load_profile("tiny").digest(*stages)
+
+
+def test_settings_newer_than_kept_results_leave_their_digest():
+    tiny = load_profile("tiny")
+    settings = tiny.model_dump(mode="json")
+    for name, value in EARLIER.items():
+        *section, last = name.split(".")
+        holder = reduce(lambda found, key: found[key], section, settings)
+        assert holder.pop(last) == value
+    told = {name: value for name, value in settings.items() if name not in LABELS}
+    text = json.dumps(told, sort_keys=True)
+    assert tiny.digest() == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert load_profile("tiny", training={"gate_noise": "keyed"}).digest() != tiny.digest()
+    assert load_profile("tiny", compute={"gradient_checkpointing": True}).digest() == tiny.digest()
 
 
 def test_digest_of_no_section_is_an_error():

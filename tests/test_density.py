@@ -63,6 +63,7 @@ def test_a_base_is_known_by_what_differs_from_the_shipped_one(tmp_path):
     [
         ({"evaluated": "test"}, "must be validation"),
         ({"base": "somewhere"}, "base .* must be microworld"),
+        ({"data": "hub"}, "data .* must be microworld"),
         ({"data_dir": "."}, "data_dir .* must be null"),
         ({"methods": ["full", "dllm"]}, r"must be \[full\]"),
         ({"bits": [4, 3]}, "must be 16 and others"),

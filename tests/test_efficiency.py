@@ -18,8 +18,6 @@ from qtale_lib.efficiency import (
     flops_per_token,
     layer_linears,
     model_bytes,
-    reconcile_relative_flops,
-    reconcile_table3,
 )
 from qtale_lib.errors import UserError
 
@@ -134,38 +132,6 @@ def test_file_bytes_are_those_on_disk(tmp_path):
     assert 0 < header < 10_000
 
 
-def test_table_3_recomputed_to_the_printed_digits():
-    """The numbers that follow from the public configs, and which way of counting gives what is printed."""
-    frame = reconcile_table3().set_index(["model", "quantity", "bits", "counted"])
-    seven, eight, flops = "LLaMA2-7B", "LLaMA3.1-8B", "GFLOP per token"
-    expected = {
-        (seven, flops, 16, "decoder layers"): (12.95, True),
-        (seven, flops, 16, "decoder layers and lm_head"): (13.21, False),
-        (eight, flops, 16, "decoder layers"): (13.96, False),
-        (eight, flops, 16, "decoder layers and lm_head"): (15.01, False),
-        (eight, flops, 16, "decoder layers, k and v as if d×d"): (15.57, True),
-        (seven, "GiB", 16, "lm_head in 16 bits"): (12.55, True),
-        (eight, "GiB", 16, "lm_head in 16 bits"): (14.96, True),
-        (seven, "GiB", 4, "lm_head in 16 bits"): (3.62, True),
-        (eight, "GiB", 4, "lm_head in 4 bits"): (4.61, True),
-        (seven, "GiB", 3, "lm_head in 16 bits"): (2.86, False),
-        (seven, "GiB", 3, "lm_head in 16 bits, no steps or zeros"): (2.75, True),
-        (eight, "GiB", 3, "lm_head in 3 bits"): (3.73, True),
-    }
-    found = {key: (round(frame.recomputed[key], 2), bool(frame.agrees[key])) for key in expected}
-    assert found == expected
-    quantized_8b = reconcile_table3().query("model == @eight and quantity == 'GiB' and bits < 16 and agrees")
-    assert not any("16" in how for how in quantized_8b.counted)  # the 8B sizes need a quantized lm_head
-
-
-def test_relative_flops_follow_but_for_one_cell():
-    frame = reconcile_relative_flops()
-    assert len(frame) == 36
-    assert [(r.model, r.bits, r.method, r.task) for r in frame[~frame.agrees].itertuples()] == [
-        ("LLaMA2-7B", 4, "dllm", "csqa")
-    ]
-
-
 def test_counting_needs_no_torch():
-    code = "import sys, qtale_lib.efficiency as e; e.reconcile_table3(); sys.exit('torch' in sys.modules)"
+    code = "import sys, qtale_lib.paper_arithmetic as p; p.checks(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

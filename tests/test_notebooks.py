@@ -27,6 +27,7 @@ NAMES = [
     "06_table_3_efficiency",
     "07_table_4_ablation",
     "11_latency_and_memory",
+    "14_paper_arithmetic",
 ]
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem[:2])
 
@@ -60,7 +61,7 @@ def test_the_first_cell_names_the_paper_what_is_shown_and_the_cost(path):
     first = notebook(path).cells[0]
     assert first.cell_type == "markdown" and first.source.startswith("# ")
     assert all(part in first.source for part in ("**The paper", "**Here.**", "**Cost.**"))
-    assert path.stem[:2] == "01" or ("`smoke`" in first.source and "`tiny`" in first.source)
+    assert path.stem[:2] in ("01", "14") or ("`smoke`" in first.source and "`tiny`" in first.source)
 
 
 @each
@@ -96,6 +97,7 @@ def test_it_ends_with_its_claims_and_the_setting_comes_first(path):
     shown = [source for source in sources if not is_set_up(source)]
     assert "results.setting(store)" in shown[0]
     ends = {"00": "claim_tables.verdict_table(verdicts", "11": "benchmark_report.target_table("}
+    ends["14"] = "paper_arithmetic.check_table("
     verdicts = ends.get(path.stem[:2], "claims.verdicts(store")
     assert any(verdicts in source for source in sources[-2:])
     assert any("beside_reference" in source for source in sources)
@@ -147,7 +149,7 @@ def test_every_cell_runs_on_any_part_of_a_profile(path, part, tmp_path, monkeypa
     written = {
         file.name for folder in (lab.figures, lab.tables) if folder.exists() for file in folder.iterdir()
     }
-    assert any(re.match(r"((figures?|tables?)_\d|bench_)", name) for name in written)
+    assert any(re.match(r"((figures?|tables?)_\d|bench_|paper_)", name) for name in written)
     for name in written:
         assert {f"{Path(name).stem}.csv"} <= written
 
@@ -163,7 +165,7 @@ def test_every_cell_runs_on_any_part_of_a_profile(path, part, tmp_path, monkeypa
 def test_a_benchmark_that_was_stopped_is_shown_as_such(bench, lacks, tmp_path, monkeypatch):
     lab = fake_lab(tmp_path, **PARTS["smoke"])
     write_json(benchmark_report.folder(lab) / "tinyllama-1.1b.unfinished.json", bench)
-    run_cells(PATHS[-1], lab, monkeypatch)
+    run_cells(PATHS[NAMES.index("11_latency_and_memory")], lab, monkeypatch)
     for name in ("bench_setting", "bench_targets"):
         written = (lab.tables / f"{name}.md").read_text().lower()
         assert "unfinished" in written and lacks.lower() in written

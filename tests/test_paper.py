@@ -1,4 +1,4 @@
-"""The paper's numbers: equal to an independent copy of the tables, and what their own arithmetic gives."""
+"""The paper's numbers: equal to an independent copy of the tables."""
 
 from __future__ import annotations
 
@@ -47,25 +47,6 @@ def test_shapes_of_the_tables():
     assert len(paper.accuracy()) == 2 * 9 * 10
     assert len(paper.efficiency()) == 2 * 9 * 3
     assert len(paper.ablation()) == 2 * 4 * 3
-
-
-def test_averages_agree_in_table_1_but_for_4_bit_qtale():
-    frame = paper.recomputed_averages()
-    off = frame[(frame.table == "table1") & (frame.difference.abs() > 0.011)]
-    columns = ["bits", "method", "printed", "recomputed"]
-    assert off[columns].values.tolist() == [[4, "qtale", 79.18, 79.35]]
-
-
-def test_averages_of_table_2_are_about_3_points_above_the_printed():
-    frame = paper.recomputed_averages()
-    assert frame[frame.table == "table2"].difference.between(3.0, 3.6).all()
-
-
-def test_arithmetic_names_the_slips_of_tables_3_and_4():
-    notes = paper.arithmetic().set_index("where")["recomputed from the printed columns"]
-    assert notes["table3, LLaMA2-7B, 4 bits, D-LLM, CSQA, relative"] == 0.55
-    assert notes["table3 against R_avg of table4, LLaMA2-7B, 4 bits, D-LLM, MMLU"] == 0.55
-    assert any("Full - QTALE" in where and "8B" in where for where in notes.index)
 
 
 def test_a_number_that_is_not_printed_is_a_key_error():

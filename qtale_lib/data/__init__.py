@@ -16,23 +16,29 @@ from pathlib import Path
 
 from qtale_lib.data.benchmarks import BENCHMARKS, Loaded, read_split
 from qtale_lib.data.schema import SPLITS, Example
+from qtale_lib.errors import UserError
 
 __all__ = ["BENCHMARKS", "SPLITS", "Example", "Loaded", "data_hash", "load_task", "read_task", "subset"]
 
 
-def load_task(name: str, split: str, data_dir: str | Path | None = None) -> list[Example]:
+def load_task(
+    name: str, split: str, data_dir: str | Path | None = None, data: str = "microworld"
+) -> list[Example]:
     """Examples of a task's "train", "validation", "calibration" or "test" split.
 
-    data_dir None is the embedded world, else the folder that holds <name>/ with the benchmark's original
-    files. Raises UserError, with file, line and reason, for what is missing or damaged.
+    data_dir: the folder that holds <name>/ with the benchmark's original files; None takes `data`: the
+    embedded world ("microworld") or the hub ("hub").
+    Raises UserError, with file, line and reason, for what is missing or damaged.
     """
-    return read_task(name, split, data_dir).examples
+    return read_task(name, split, data_dir, data).examples
 
 
-def read_task(name: str, split: str, data_dir: str | Path | None = None) -> Loaded:
+def read_task(name: str, split: str, data_dir: str | Path | None = None, data: str = "microworld") -> Loaded:
     """load_task's examples and their source: file, sha256, rows, cuts (seed, indices), notes."""
     if data_dir is not None:
         return read_split(name, split, data_dir)
+    if data != "microworld":
+        raise UserError(f'{name}: data (= {data}) cannot be read yet; set data_dir, or data to "microworld".')
     from qtale_lib.data import microworld  # built on first use, and it imports this package
 
     return Loaded(microworld.load(name, split), {"task": name, "file": "embedded world", "notes": []})

@@ -126,9 +126,15 @@ def pad_right(sequences: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
 
 
 def collate(rows: Sequence[dict[str, list[int]]], pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """A right-padded batch: input_ids, labels (IGNORED there), attention_mask, each int64 [rows, longest]."""
-    return {
+    """A right-padded batch: input_ids, labels (IGNORED there), attention_mask, each int64 [rows, longest].
+
+    Rows that have a number of their own, "example", keep it: int64 [rows].
+    """
+    batch = {
         "input_ids": pad_right([row["input_ids"] for row in rows], pad_id),
         "labels": pad_right([row["labels"] for row in rows], IGNORED),
         "attention_mask": pad_right([[1] * len(row["input_ids"]) for row in rows], 0),
     }
+    if "example" in rows[0]:
+        batch["example"] = torch.tensor([row["example"] for row in rows])
+    return batch

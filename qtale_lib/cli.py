@@ -21,6 +21,7 @@ from rich.table import Table
 
 from qtale_lib import archive as archives
 from qtale_lib import benchmark_report, sweep, tables
+from qtale_lib.cluster import compute as compute_on_cluster
 from qtale_lib.config import load_profile
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, all_jobs, needs, rules
@@ -50,6 +51,7 @@ ANEW = (
     "Forget this run's fine-tuning and its results at this bit width, and compute them anew; if another "
     "adapter comes of it, the run's results at other bit widths count no more."
 )
+CLUSTER = "Spread the runs over a Ray cluster: local, auto, or its address."
 SHOWN = (
     *("theta", "metric", "acc", "expected_acc", "open_acc", "ppl", "stderr", "count", "nll"),
     *("execution_ratio", "loss_ratio"),
@@ -63,6 +65,7 @@ def run(
     only: Annotated[str | None, typer.Option(help="Numbers of the notebooks, such as 03,05.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0 … N-1 instead of the profile's.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help=FRESH)] = False,
+    cluster: Annotated[str | None, typer.Option(help=CLUSTER)] = None,
 ) -> None:
     """Compute what is missing, then execute the notebooks that are not up to date."""
     given = {"data_dir": data_dir and str(data_dir.resolve()), "seeds": seeds}
@@ -75,7 +78,7 @@ def run(
         lab = Lab(lab.profile)
     try:
         clock = Stopclock()
-        outcomes = _compute(lab, wanted, clock)
+        outcomes = _compute(lab, wanted, clock, cluster)
         outcomes += _execute(Executions(lab, parameters), books, clock)
     except KeyboardInterrupt:
         typer.echo(f"Stopped. The same command{' without --fresh' * fresh} goes on from here.", err=True)
@@ -117,8 +120,8 @@ def _portable(profile: str) -> str:
     return str(Path(profile).resolve()) if profile.endswith((".yaml", ".yml")) else profile
 
 
-def _compute(lab: Lab, jobs: list[Job], clock: Stopclock) -> list[Outcome]:
-    outcomes = lab.compute(jobs)
+def _compute(lab: Lab, jobs: list[Job], clock: Stopclock, address: str | None) -> list[Outcome]:
+    outcomes = lab.compute(jobs) if address is None else compute_on_cluster(lab, jobs, address)
     trained = sum(outcome.seconds for outcome in outcomes if outcome.name.startswith("fine-tune"))
     rest = sum(outcome.seconds for outcome in outcomes) - trained
     note = f"{len(outcomes)} jobs, {len(jobs) - len(outcomes)} there already"

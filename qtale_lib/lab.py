@@ -26,7 +26,7 @@ from qtale_lib.pool import Outcome, PutOff, Task, run_tasks, worker_slots
 from qtale_lib.preflight import check, check_fit
 from qtale_lib.progress import watcher
 from qtale_lib.provenance import ROOT, Stopwatch
-from qtale_lib.store import Store, digest, read_json, sweep, write_json
+from qtale_lib.store import Parcel, Store, digest, read_json, sweep, write_json
 
 # Raised by hand when a stage's code comes to give other numbers from the same settings.
 STAGE_VERSIONS = {"finetune": 4, "quantization": 2, "threshold": 3, "evaluation": 4}
@@ -265,6 +265,12 @@ class Lab:
         self._found.clear()
         return True
 
+    def parcels(self, wanted: Iterable[Job]) -> list[Parcel]:
+        """All that the jobs have in the store, with its files."""
+        addresses = [self.address(kind, spec) for kind, spec in self._all_of(wanted)]
+        found = [self.store.parcel(*address) for address in addresses if address]
+        return [parcel for parcel in found if parcel]
+
     def forget(self, wanted: Iterable[Job]) -> None:
         """Remove all that the jobs have put into the store; what other jobs have stays."""
         # each by what it was made from, so all before any is removed
@@ -301,23 +307,28 @@ class Lab:
         Raises:
             UserError: for what can be known to fail before any work is begun.
         """
-        wanted = list(wanted)
-        check(self, wanted)
-        sweep(self.directory)
-        missing = [job for job in wanted if not self.is_done(job)]
+        missing = self.missing(wanted)
         if not missing:
             return []
         small = self.base()["bytes"] < SMALL_BYTES
         slots = worker_slots(len(missing), check_fit(self, missing), small, self.profile.compute.processes)
-        tasks = [self._task(job) for job in missing]
+        tasks = [self.task(job) for job in missing]
         with watcher(tasks, len(slots)) as watching:
             return run_tasks(tasks, slots, watching)
+
+    def missing(self, wanted: Iterable[Job]) -> list[Job]:
+        """The jobs without all their results, after a look at what they need; UserError as `compute`."""
+        wanted = list(wanted)
+        check(self, wanted)
+        sweep(self.directory)
+        return [job for job in wanted if not self.is_done(job)]
 
     def model_bytes(self) -> int:
         """Bytes of the base's parameters in the profile's dtype."""
         return self.base()["parameters"]["total"] * DTYPE_BYTES[self.profile.dtype]
 
-    def _task(self, job: Job) -> Task:
+    def task(self, job: Job) -> Task:
+        """The job as work for a pool: work(profile, root, job, report)."""
         after = () if job.bits is None else (Job(job.run).name,)
         # A seed is finished before the next is begun, its evaluations before fine-tunings that still wait:
         # whole results early, should this be killed.

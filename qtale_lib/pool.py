@@ -81,6 +81,9 @@ class Watcher(Protocol):
     def put_off(self, task: Task) -> None:
         """The task was given back, to be tried again later."""
 
+    def restarted(self, task: Task, reason: str) -> None:
+        """The task was lost with its worker and begins again; a cluster does that."""
+
     def ended(self, task: Task, outcome: Outcome) -> None:
         """The task is over, one way or another."""
 
@@ -106,11 +109,11 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: W
 
     try:
         while pending or any(worker and worker.task for worker in workers):
-            for task in _doomed(pending, outcomes):
+            for task in doomed(pending, outcomes):
                 del pending[task.name]
                 finish(task, Outcome(task.name, "skipped", error="what it builds on failed"))
             for index, worker in enumerate(workers):
-                task = None if worker and worker.task else _next(pending, outcomes)
+                task = None if worker and worker.task else next_task(pending, outcomes)
                 if task:
                     watcher.started(task)
                     workers[index] = _give(worker or _start(slots[index]), pending.pop(task.name))
@@ -156,12 +159,14 @@ def _groups(gpus: list[str], processes: int) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + processes])} for first in whole]
 
 
-def _doomed(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> list[Task]:
+def doomed(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> list[Task]:
+    """Waiting tasks that build on one that failed or was skipped."""
     lost = {name for name, outcome in outcomes.items() if outcome.status != "done"}
     return [task for task in pending.values() if lost & set(task.after)]
 
 
-def _next(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> Task | None:
+def next_task(pending: dict[str, Task], outcomes: dict[str, Outcome]) -> Task | None:
+    """The ready task that goes first: of the lowest rank, the longest."""
     done = {name for name, outcome in outcomes.items() if outcome.status == "done"}
     ready = [task for task in pending.values() if done.issuperset(task.after)]
     return min(ready, key=lambda task: (task.rank, -task.cost), default=None)
@@ -235,7 +240,7 @@ def _serve(connection: Connection, slot: dict[str, str]) -> None:
             work, arguments = connection.recv()
         except EOFError:
             return
-        connection.send(_attempt(work, arguments, lambda done: connection.send(("progress", done))))
+        connection.send(attempt(work, arguments, lambda done: connection.send(("progress", done))))
 
 
 def _dismiss(workers: list[_Worker]) -> None:
@@ -249,10 +254,10 @@ def _dismiss(workers: list[_Worker]) -> None:
         worker.process.kill()
 
 
-def _attempt(
+def attempt(
     work: Callable[..., Any], arguments: tuple[Any, ...], report: Callable[[float], None]
 ) -> tuple[str, tuple[Any, ...]]:
-    """An outcome's status, and its error, detail and refused."""
+    """Do a task's work, in its worker: an outcome's status, and its error, detail and refused."""
     try:
         work(*arguments, report)
     except PutOff:

@@ -235,9 +235,7 @@ def check_fit(lab: Lab, jobs: Sequence[Job]) -> float:
     if not jobs:
         return 0.0
     profile, now = lab.profile, machine.look()
-    shape = estimates.shape_of(config_of(profile))
-    work = workloads(lab, jobs)
-    stages = estimates.stages(profile, shape, work, jobs, now.device)
+    shape, work, stages = _stages(lab, jobs, now.device)
     for stage in stages:
         check_stage(profile, stage, now)
     check_disk(lab, shape, work, jobs)
@@ -245,6 +243,17 @@ def check_fit(lab: Lab, jobs: Sequence[Job]) -> float:
     if now.gpus and host > now.free:
         raise _too_large(f"profile {profile.name}: loading the base", host, "memory", now.free)
     return max(stage.peak for stage in stages) + (memory.CONTEXT if now.gpus else 0)
+
+
+def peak_bytes(lab: Lab, jobs: Sequence[Job], device: str) -> float:
+    """The most that a process on the jobs is estimated to hold, on a "cpu" or of a GPU ("cuda")."""
+    return max(stage.peak for stage in _stages(lab, jobs, device)[2])
+
+
+def _stages(lab: Lab, jobs: Sequence[Job], device: str) -> tuple[Any, Any, list[Any]]:
+    """The base's shape, the workloads, and what each stage is estimated to take."""
+    shape, work = estimates.shape_of(config_of(lab.profile)), workloads(lab, jobs)
+    return shape, work, estimates.stages(lab.profile, shape, work, jobs, device)
 
 
 def check_stage(profile: Profile, stage: Stage, now: Machine) -> None:

@@ -78,6 +78,11 @@ class PlainWatcher:
             self.awaited.add(task.name)
             self.say(f"{task.name}: another process is at it; it comes last here")
 
+    def restarted(self, task: Task, reason: str) -> None:
+        """The task begins again: say why."""
+        self.progressed(task, 0.0)
+        self.say(f"{task.name}: begun again, as {reason}")
+
     def ended(self, task: Task, outcome: Outcome) -> None:
         """The task is over: say how, and how long the rest will take."""
         self.forecast.ended(task, outcome)

@@ -16,6 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -132,6 +133,15 @@ def _lock(handle: IO[str], patience: float | None) -> bool:
         time.sleep(POLL)
 
 
+@dataclass(frozen=True)
+class Parcel:
+    """A result on its way to another store: (kind, name, key), its JSON, and its files by relative path."""
+
+    address: tuple[str, str, str]
+    result: dict[str, Any]
+    files: dict[str, bytes]
+
+
 class Store:
     """Results under root/<kind>/<name>-<key>.json, with a folder of the same name for a result's files."""
 
@@ -157,6 +167,25 @@ class Store:
         result = {"schema": SCHEMA, "kind": kind, "key": key, "status": "done", **parts}
         write_json(self.path(kind, name, key), result)
         return result
+
+    def parcel(self, kind: str, name: str, key: str) -> Parcel | None:
+        """A finished result with its files, for `take` of another store; None if it is not there."""
+        result, folder = self.get(kind, name, key), self.files(kind, name, key)
+        if result is None:
+            return None
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+        return Parcel((kind, name, key), result, files)
+
+    def take(self, parcel: Parcel) -> None:
+        """Put a parcel in, its JSON last, which says that the files are whole; what is there stays."""
+        if self.get(*parcel.address):
+            return
+        for relative, content in parcel.files.items():
+            path = self.files(*parcel.address) / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        write_json(self.path(*parcel.address), parcel.result)
 
     def remove(self, kind: str, name: str, key: str) -> None:
         """Remove a result, if it is there, then its files: what a kill leaves never counts as finished."""

@@ -1,6 +1,7 @@
 """What scripts/setup_env.sh asks of an environment. Run by its Python; needs the standard library alone.
 
 check          say which pins of pyproject.toml this environment does not hold; exit 1 if there are any
+check cluster  the same, with the extra [cluster]
 forget-halves  remove the records of packages whose installation was cut off, so that pip installs them again
 """
 
@@ -15,12 +16,15 @@ from itertools import chain
 from pathlib import Path
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+ON_REQUEST = "cluster"
 
 
-def pins() -> dict[str, str]:
+def pins(with_cluster: bool) -> dict[str, str]:
     """Version by package name, of all that pyproject.toml pins for this system."""
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
-    requirements = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    extras = project["optional-dependencies"].items()
+    wanted = [pins for extra, pins in extras if with_cluster or extra != ON_REQUEST]
+    requirements = [*project["dependencies"], *chain(*wanted)]
     split = (requirement.partition(";") for requirement in requirements)
     applying = (pin for pin, _, marker in split if "linux" not in marker or sys.platform == "linux")
     return dict(pin.strip().split("==") for pin in applying)
@@ -34,10 +38,10 @@ def installed(name: str) -> str | None:
         return None
 
 
-def check() -> int:
+def check(*extra: str) -> int:
     differing = [
         f"{name} is {installed(name) or 'missing'}, not {pin}"
-        for name, pin in pins().items()
+        for name, pin in pins(ON_REQUEST in extra).items()
         if installed(name) != pin
     ]
     if differing:
@@ -54,4 +58,4 @@ def forget_halves() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit({"check": check, "forget-halves": forget_halves}[sys.argv[1]]())
+    sys.exit({"check": check, "forget-halves": forget_halves}[sys.argv[1]](*sys.argv[2:]))

@@ -39,6 +39,15 @@ def die(report: Callable[[float], None]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_first(path: Path, report: Callable[[float], None]) -> str:
+    """Write a line and be killed; the second time, do it and say so."""
+    first = not path.exists()
+    note(path, "x", report)
+    if first:
+        die(report)
+    return "done at last"
+
+
 def hold(path: Path, held) -> None:
     """Keep a lock for a minute."""
     with locked(path):
@@ -108,3 +117,10 @@ def run_here(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: Wa
         except UserError as error:
             outcomes[task.name] = Outcome(task.name, "failed", error=str(error), refused=True)
     return list(outcomes.values())
+
+
+def perform_on_cluster(*arguments) -> None:
+    """A job of qtale_lib.cluster, in a process of its own."""
+    from qtale_lib.cluster import _perform
+
+    _perform(*arguments, lambda share: None)

@@ -419,7 +419,7 @@ def test_a_seed_is_finished_before_the_next_is_begun(tmp_path, base):
     lab = Lab(profile(base, tasks=["arc_easy", "alpaca"], methods=["full", "qtale"], seeds=[3, 1]), tmp_path)
     ranks = {seed: [] for seed in lab.profile.seeds}
     for job in jobs.all_jobs(lab.profile):
-        ranks[job.run.seed].append(lab._task(job).rank)
+        ranks[job.run.seed].append(lab.task(job).rank)
     assert max(ranks[3]) < min(ranks[1]) and len(set(ranks[3])) == 2
 
 

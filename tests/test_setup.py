@@ -27,9 +27,18 @@ def split(requirement: str) -> tuple[str, str, str]:
 
 
 DIRECT = [split(pin) for pin in PROJECT["dependencies"]]
-EXTRA = [split(pin) for pins in PROJECT["optional-dependencies"].values() for pin in pins]
-LOCK = (ROOT / "requirements.lock").read_text()
-LOCKED = [split(line.rstrip(" \\")) for line in LOCK.splitlines() if re.match(r"[a-z]", line)]
+EXTRAS = {extra: [split(pin) for pin in pins] for extra, pins in PROJECT["optional-dependencies"].items()}
+CLUSTER = EXTRAS.pop("cluster")  # asked for by ./run_tests.sh --all alone
+EXTRA = [pin for pins in EXTRAS.values() for pin in pins]
+LOCKS = {name: (ROOT / f"{name}.lock").read_text() for name in ("requirements", "requirements-cluster")}
+
+
+def locked(name: str) -> list[tuple[str, str, str]]:
+    """Every pin of a lock file."""
+    return [split(line.rstrip(" \\")) for line in LOCKS[name].splitlines() if re.match(r"[a-z]", line)]
+
+
+LOCKED = locked("requirements")
 
 
 # The pins
@@ -49,12 +58,21 @@ def test_the_lock_holds_each_direct_pin(name, version, marker):
     assert (name, version, marker) in LOCKED
 
 
-def test_the_lock_is_hashed_whole_and_names_no_place():
-    entries = re.split(r"\n(?=[a-z])", LOCK.split("\n", 2)[2])
-    assert len(entries) == len(LOCKED) > 100
+def test_ray_is_added_to_what_the_lock_holds_and_changes_nothing_of_it():
+    added = locked("requirements-cluster")
+    assert set(CLUSTER) < set(added) and not set(CLUSTER) & set(LOCKED)
+    main = {name: (version, marker) for name, version, marker in LOCKED}
+    assert [pin for pin in added if pin[0] in main and pin[1:] != main[pin[0]]] == []
+    assert {name for name, _, _ in added} - set(main) == {"grpcio", "msgpack", "protobuf", "ray"}
+
+
+@pytest.mark.parametrize(("lock", "least"), [("requirements", 100), ("requirements-cluster", 4)])
+def test_a_lock_is_hashed_whole_and_names_no_place(lock, least):
+    entries = re.split(r"\n(?=[a-z])", LOCKS[lock].split("\n", 2)[2])
+    assert len(entries) == len(locked(lock)) >= least
     assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries)
-    assert not re.search(r"://|--index|--find-links|^-e|file:|/home|/tmp", LOCK, re.M)
-    names = {name for name, _, _ in LOCKED}
+    assert not re.search(r"://|--index|--find-links|^-e|file:|/home|/tmp", LOCKS[lock], re.M)
+    names = {name for name, _, _ in locked(lock)}
     assert not [name for name in names if name in NOT_LOCKED or name.startswith(("nvidia", "cuda"))]
 
 
@@ -89,9 +107,15 @@ case "$1 $2" in
   "-c import"*) exit {out_of_range} ;;
   "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
   "-m pip") echo "$@" >> "{root}/calls.txt"
-    case "$*" in *--require-hashes*) [ ! -e "{root}/no-network" ] ;; *"show --quiet"*) exit 1 ;; esac ;;
-  *environment.py*) echo "$2" >> "{root}/calls.txt"; [ "$2" = forget-halves ] || [ -e "{root}/holds-pins" ] ;;
-  "-m qtale_lib") echo "CALLED $* IN $VIRTUAL_ENV" ;;
+    case "$*" in
+      *--require-hashes*) [ ! -e "{root}/no-network" ] ;;
+      *"show --quiet"*) exit 1 ;;
+    esac || exit
+    case "$*" in *cluster.lock*) touch "$0.holds-cluster" ;; esac ;;
+  *environment.py*) echo "$2" >> "{root}/calls.txt"
+    [ "$2" = forget-halves ] && exit
+    [ -e "{root}/holds-pins" ] && [ "$3" != cluster -o -e "$0.holds-cluster" ] ;;
+  "-m qtale_lib" | "-m pytest") echo "CALLED $* IN $VIRTUAL_ENV" ;;
 esac
 """
 
@@ -103,10 +127,12 @@ def checkout(tmp_path):
     (root / "scripts").mkdir(parents=True)
     for name in (
         "run_all.sh",
+        "run_tests.sh",
         "scripts/setup_env.sh",
         "scripts/environment.py",
         "pyproject.toml",
         "requirements.lock",
+        "requirements-cluster.lock",
     ):
         shutil.copy(ROOT / name, root / name)
     (root / "holds-pins").touch()
@@ -121,12 +147,14 @@ def stand_in(path: Path, root: Path, version: str = "3.12.1", out_of_range: int 
     return path
 
 
-def run_all(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+def run_all(
+    root: Path, *arguments: str, script: str = "run_all.sh", **variables: str
+) -> subprocess.CompletedProcess:
     outside = {
         n: v for n, v in os.environ.items() if n not in ("VIRTUAL_ENV", "CONDA_PREFIX", "QTALE_TORCH_INDEX")
     }
     return subprocess.run(
-        [root / "run_all.sh", *arguments],
+        [root / script, *arguments],
         capture_output=True, text=True, timeout=60, cwd=root.parent,
         env={**outside, "PYTHON": str(root.parent / "python"), **variables},
     )  # fmt: skip
@@ -191,6 +219,28 @@ def test_new_pins_are_installed_over_the_old(checkout, change):
     assert any("--require-hashes" in call for call in calls(checkout))
 
 
+def test_all_tests_and_they_alone_add_ray(checkout):
+    def asked(*arguments: str, **variables: str) -> list[str]:
+        done = run_all(checkout, *arguments, **variables)
+        assert done.returncode == 0 and "CALLED" in done.stdout, done.stderr
+        return [call for call in calls(checkout) if "cluster.lock" in call]
+
+    assert asked() == [] and asked(script="run_tests.sh") == []
+    (added,) = asked("--all", script="run_tests.sh")
+    assert "--require-hashes --no-deps" in added
+    assert asked("--all", script="run_tests.sh") == [] and asked() == []
+
+
+def test_ray_cut_off_while_installing_is_told_and_goes_on(checkout):
+    run_all(checkout)
+    (checkout / "no-network").touch()
+    cut = run_all(checkout, "--all", script="run_tests.sh")
+    assert cut.returncode == 1 and "CALLED" not in cut.stdout
+    assert "requirements-cluster.lock could not be installed" in cut.stderr.splitlines()[-1]
+    (checkout / "no-network").unlink()
+    assert "CALLED" in run_all(checkout, "--all", script="run_tests.sh").stdout
+
+
 def test_an_active_environment_that_holds_the_pins_is_used_as_it_is(checkout):
     active = checkout.parent / "active"
     stand_in(active / "bin/python", checkout)
@@ -233,7 +283,9 @@ def test_packages_cut_off_while_installing_are_forgotten(tmp_path):
     assert [path.name for path in packages.glob("*.dist-info")] == ["whole-1.0.dist-info"]
 
 
-@pytest.mark.parametrize("script", ["run_all.sh", "run_tests.sh", "scripts/setup_env.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["run_all.sh", "run_tests.sh", "scripts/setup_env.sh", "scripts/cluster.slurm", ".ci/run"]
+)
 def test_scripts_are_shell_that_every_bash_reads(script):
     path = ROOT / script
     assert subprocess.run(["bash", "-n", path]).returncode == 0

@@ -295,7 +295,7 @@ def test_a_file_that_is_no_profile_is_one_sentence(write, content, start):
 def test_names_and_files_that_are_not_there(write):
     assert refusal("nope.yaml").startswith("nope.yaml is not there; ")
     assert refusal("smok").startswith(
-        "smok is no profile's name (did you mean smoke); there are smoke, tiny, "
+        "smok is no profile's name (did you mean smoke); there are smoke, stories260k, tiny, "
     )
     Path("folder.yaml").mkdir()
     assert refusal("folder.yaml").startswith("folder.yaml is not there; ")
@@ -359,7 +359,7 @@ def changed(value):
         key = next(key for key in value if isinstance(value[key], int | float))
         return {**value, key: value[key] * 2}
     other = {"microworld": "owner/model", "drop": "cut", "compact": "dllm", "float32": "bfloat16"}
-    other["test"] = "validation"
+    other |= {"test": "validation", "likelihood": "lm_eval"}
     return other[value] if isinstance(value, str) else value[1:] if len(value) > 1 else [7]
 
 
@@ -369,6 +369,7 @@ def test_digest_sees_every_section_and_a_stages_only_its_own(section, tmp_path):
     new = {
         "revision": "abc",
         "data": "hub",
+        "alpaca": "cleaned",
         "data_dir": str(tmp_path),
         "group_size": 64,
         "max_steps": 7,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtale_lib.config import TASKS
+from qtale_lib.data import BENCHMARKS
 from qtale_lib.data.prompts import COMPACT, DLLM, render
 from qtale_lib.data.schema import Example
 from qtale_lib.errors import UserError
@@ -49,7 +50,8 @@ def example(task: str, texts: list[str], answer: int = 0) -> Example:
 
 
 def test_every_task_has_its_templates():
-    assert set(COMPACT) == set(TASKS) == set(FIELDS)
+    assert set(COMPACT) == {*TASKS, "alpaca_eval", "samsum"} == set(BENCHMARKS)
+    assert set(FIELDS) == set(TASKS)
     assert set(DLLM) == set(TASKS) - {"alpaca"}
 
 

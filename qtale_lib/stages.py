@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from qtale_lib import distributed
 from qtale_lib.adaptive import load_routed, set_threshold
 from qtale_lib.base import base_directory, device, load_tokenizer
 from qtale_lib.calibration import search_threshold
@@ -58,9 +59,11 @@ def finetune_run(lab: Lab, run: Run, report: Report) -> dict[str, Any]:
 
     def compute(directory: Path) -> dict[str, Any]:
         directory.mkdir(parents=True, exist_ok=True)
-        value = finetune(
-            lab.profile, run.task, run.method, run.seed, directory, report, lab.examples(run.task, "train")
-        )
+        if lab.profile.compute.processes > 1:
+            value = distributed.finetune(lab, run, directory, report)
+        else:
+            examples = lab.examples(run.task, "train")
+            value = finetune(lab.profile, run.task, run.method, run.seed, directory, report, examples)
         return {**value, "adapter_sha256": file_digest(*directory.glob("*.safetensors"))}
 
     return lab.once("finetune", run_spec(run), compute)

@@ -54,6 +54,7 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune and save LoRA and routers to `directory`; a checkpoint found there is gone on from.
 
+    Several processes started together (distributed.py) share the work; the first of them writes.
     Returns history (one entry per logged point), probes, rows {used, dropped, cut}, steps, epochs, the number
     of trainable parameters and seconds (all of training, and those in probes). progress gets the share
     done; examples default to the profile's training rows.
@@ -74,8 +75,10 @@ def finetune(
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=_last_checkpoint(directory))
     seconds = time.monotonic() - started
-    save_routed(model, directory, base=profile.base)
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        save_routed(model, directory, base=profile.base)
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     return {**_outcome(trainer, counts), "training_seconds": seconds, "probe_seconds": probe.seconds}
 
 
@@ -174,8 +177,8 @@ def trainer_arguments(profile: Profile, seed: int, rows: int, directory: Path) -
         save_steps=recipe.save_steps or 500,
         report_to=[],
         disable_tqdm=True,
-        gradient_checkpointing=profile.compute.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=profile.compute.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         ddp_backend="gloo" if profile.compute.processes > 1 and not torch.cuda.is_available() else None,
     )
 

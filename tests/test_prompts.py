@@ -1,5 +1,6 @@
 """Both prompt styles: golden texts, round trips, and the options' labels."""
 
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from qtale_lib.data import BENCHMARKS
 from qtale_lib.data.prompts import COMPACT, DLLM, render
 from qtale_lib.data.schema import Example
 from qtale_lib.errors import UserError
+from qtale_lib.provenance import ROOT
 
 DATA = os.environ.get("QTALE_TEST_DATA")
 
@@ -153,3 +155,11 @@ def test_unknown_style_and_task_are_refused():
         render(made, "chat")
     with pytest.raises(UserError, match='no prompt for task "hellaswag"'):
         render(Example("x", "hellaswag", {}, ("a", "b"), 0))
+
+
+def test_the_page_of_prompts_is_what_the_code_renders():
+    spec = importlib.util.spec_from_file_location("prompts_page", ROOT / "scripts" / "prompts.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run python scripts/prompts.py"
+    assert all(f"\n## {task}\n" in script.page() for task in BENCHMARKS)

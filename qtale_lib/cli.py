@@ -327,6 +327,34 @@ def evaluate(
         )
 
 
+@app.command()
+def generate(
+    task: TaskName,
+    method: MethodName,
+    prompt: Annotated[str, typer.Option(help="The text to go on from, fed as it stands.")],
+    bits: BitWidth = 16,
+    theta: Annotated[float | None, typer.Option(help="θ; the searched one if not given.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of the text, at most.")] = 100,
+    profile: ProfileName = "tiny",
+    seed: SeedNumber = 0,
+) -> None:
+    """Continue a text by one run at one bit width, greedily, skipping what its routers bypass."""
+    lab, chosen = _one(profile, task, method, seed)
+    if theta is not None and not chosen.routed:
+        raise UserError(
+            "A full model has no routers and so no θ; leave out --theta, or choose dllm or qtale."
+        )
+    _ensure(lab, [Job(chosen), Job(chosen, bits)])
+    from qtale_lib import stages  # loads torch
+
+    made, used = stages.generate_text(lab, chosen, bits, prompt, theta, tokens)
+    typer.echo(prompt + made.text)
+    ratio = (
+        "" if made.execution_ratio is None else f"; execution ratio {made.execution_ratio:.3f} at θ {used}"
+    )
+    typer.echo(f"{chosen.name}, {bits} bit: {made.tokens} tokens{ratio}", err=True)
+
+
 def _one(profile: str, task: str, method: str, seed: int) -> tuple[Lab, Run]:
     """The lab and the run; a value that no profile could have is refused as one in a profile is."""
     chosen = load_profile(profile, tasks=[task], methods=[method], seeds=[seed])

@@ -151,7 +151,8 @@ def room(memory: int, processes: int = 1) -> dict[str, float]:
         most = max((node["Resources"].get("memory", 0.0) for node in _nodes()), default=0.0)
         raise UserError(
             f"No node of the Ray cluster has room for a job, which takes {_told(need)} (the largest node has "
-            f"{most / 2**30:.1f} GiB of memory); add a larger one, set dtype: bfloat16 or choose a smaller base."
+            f"{most / 2**30:.1f} GiB of memory); add a larger one, set dtype: bfloat16 or choose a smaller "
+            "base."
         )
     return need
 

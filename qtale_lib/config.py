@@ -41,7 +41,12 @@ BITS: tuple[int, ...] = get_args(Bits)
 MOST_SEEDS = 1000
 LABELS = ("name", "extends", "compute")  # what it is called, and how it is computed, say nothing of results
 # Settings newer than results that are kept, and what those were made with: so much changes no digest.
-EARLIER = {"data": "microworld", "training.noise": "stream"}
+EARLIER = {
+    "data": "microworld",
+    "alpaca": "original",
+    "protocol": "likelihood",
+    "training.noise": "stream",
+}
 
 
 def without_earlier(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -217,9 +222,11 @@ class Profile(Section):
     base: "microworld" (the embedded one), a folder, a name in $QTALE_MODELS_DIR, or a hub id (`revision`).
     data: the embedded world ("microworld"), or the benchmarks from the hub ("hub").
     data_dir: folder with the benchmarks' original files, in place of `data`; None leaves it to that.
+    alpaca: the "original" 52,002 rows, or the community's "cleaned" ones; the embedded world has one set.
     group_size: weights that share a quantization scale; -1 for one group per row.
     theta_sweep: further θ at which every routed model is evaluated, at every bit width; usually none.
     max_steps: optimizer steps of a fine-tuning, in place of what `epochs` come to; None leaves it to them.
+    protocol: how choices are scored: likelihood of the answers after `prompt`, or by lm-eval's own tasks.
     evaluated: the split that is measured, up to `limit.test`: "validation" while settings are being chosen.
     """
 
@@ -236,6 +243,7 @@ class Profile(Section):
     revision: TextOrNull
     data: Literal["microworld", "hub"]
     data_dir: Annotated[Path | None, Field(description="the path of an existing folder, or null")]
+    alpaca: Literal["original", "cleaned"]
     tasks: Annotated[tuple[Task, ...], AfterValidator(_distinct), _list_of(", ".join(TASKS))]
     methods: Annotated[tuple[Method, ...], AfterValidator(_distinct), _list_of(", ".join(METHODS))]
     bits: Annotated[tuple[Bits, ...], AfterValidator(_distinct), _list_of(", ".join(map(str, BITS)))]
@@ -263,6 +271,7 @@ class Profile(Section):
     overlong: Literal["drop", "cut"]
     max_length: Count
     prompt: Literal["compact", "dllm"]
+    protocol: Literal["likelihood", "lm_eval"]
     dtype: Literal["float32", "bfloat16"]
     training: Training
     compute: Compute

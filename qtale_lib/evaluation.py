@@ -230,12 +230,12 @@ def evaluate_choices(
     results = _lm_eval(adapter, kept, task, style)
     name = f"qtale_{task}"
     samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-    choice_nll = [_choice_nll(sample) for sample in samples]
+    nll = [choice_nll(sample["filtered_resps"], sample["target"]) for sample in samples]
     return {
         "acc": results["results"][name]["acc,none"],
         "stderr": results["results"][name]["acc_stderr,none"] if len(kept) > 1 else None,
         "count": len(kept),
-        "nll": sum(choice_nll) / len(choice_nll),
+        "nll": sum(nll) / len(nll),
         **_without_the_draw(kept, rendered, adapter.further_sums),
         **adapter.count.ratios(),
         "task_version": results["versions"][name],
@@ -243,8 +243,9 @@ def evaluate_choices(
         "ids": [example.id for example in kept],
         "facts": [list(example.facts) for example in kept],
         "correct": [int(sample["acc"]) for sample in samples],
-        "choice_nll": [round(value, DECIMALS) for value in choice_nll],
+        "choice_nll": [round(value, DECIMALS) for value in nll],
         "protocol": {
+            "name": "likelihood",
             "scoring": "arg max over choices of the summed log-likelihood of the choice after the prompt",
             "nll": "mean of -log(likelihood of the right choice / sum over the choices)",
             "style": style,
@@ -343,9 +344,10 @@ def _row(example: Example, style: str) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _choice_nll(sample: dict[str, Any]) -> float:
-    log_likelihoods = torch.tensor([value for value, _ in sample["filtered_resps"]], dtype=torch.float64)
-    return float(-log_likelihoods.log_softmax(0)[sample["target"]])
+def choice_nll(responses: Sequence[tuple[float, bool]], target: int) -> float:
+    """−log of the right choice's share among the choices' likelihoods; responses: lm-eval's, one a choice."""
+    log_likelihoods = torch.tensor([value for value, _ in responses], dtype=torch.float64)
+    return float(-log_likelihoods.log_softmax(0)[target])
 
 
 # Perplexity.
@@ -389,6 +391,7 @@ def perplexity(
         "example_nll": [round(value, DECIMALS) for value in sums],
         "example_tokens": counts,
         "protocol": {
+            "name": "perplexity",
             "scoring": "exp of the mean negative log-likelihood over all response tokens",
             "end_of_text": "counted" if tokenizer.eos_token_id is not None else "the tokenizer has none",
             "style": style,

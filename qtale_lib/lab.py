@@ -105,7 +105,7 @@ class Lab:
             profile.evaluated: [profile.limit.test],
         }
         given = [limit for limit in limits.get(split, ()) if limit is not None]
-        loaded = read_task(task, split, profile.data_dir, profile.data)
+        loaded = read_task(task, split, profile.data_dir, profile.data, profile.alpaca)
         return Loaded(subset(loaded.examples, min(given, default=None)), loaded.source)
 
     def settings(self, kind: str, spec: Spec) -> dict[str, Any]:
@@ -117,7 +117,8 @@ class Lab:
         names = list(ENCODING)
         names += QUANTIZING if spec["bits"] < 16 else ()
         names += ["calibration"] if kind == "threshold" else []
-        return {name: everything[name] for name in names}
+        names += ["protocol"] if kind == "evaluation" else []
+        return without_earlier({name: everything[name] for name in names})
 
     def made_from(self, kind: str, spec: Spec) -> dict[str, Any] | None:
         """Hashes of what a result is made from; None while something that it builds on is missing."""

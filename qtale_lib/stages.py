@@ -26,6 +26,8 @@ from qtale_lib.data import subset
 from qtale_lib.data.prompts import render
 from qtale_lib.errors import UserError
 from qtale_lib.evaluation import evaluate_choices, perplexity, rows_that_fit
+from qtale_lib.generation import Generated, generate
+from qtale_lib.harness import evaluate_own_task
 from qtale_lib.jobs import Job, Run, rules
 from qtale_lib.lab import Lab, Spec, run_spec
 from qtale_lib.quantization import apply_search, quantize, save_search
@@ -237,6 +239,10 @@ def measure(
     examples = lab.examples(task, lab.profile.evaluated)
     if task == "alpaca":
         return {"metric": "ppl", **perplexity(model, tokenizer, examples, **fitting(lab))}
+    if lab.profile.protocol == "lm_eval":
+        settings = {name: fitting(lab)[name] for name in ("batch_size", "max_length")}
+        own = evaluate_own_task(model, tokenizer, task, lab.profile.limit.test, **settings)
+        return {"metric": "acc", **own}
     return {"metric": "acc", **evaluate_choices(model, tokenizer, examples, task, **fitting(lab))}
 
 
@@ -249,6 +255,21 @@ def fitting(lab: Lab) -> dict[str, Any]:
         "max_length": profile.max_length,
         "overlong": profile.overlong,
     }
+
+
+def generate_text(
+    lab: Lab, run: Run, bits: int, prompt: str, theta: float | None = None, max_tokens: int = 100
+) -> tuple[Generated, float | None]:
+    """A prompt continued by a run at one bit width, at θ (None: the searched one); and the θ used, None for a
+    model without routers. Its results must be in the store.
+    """
+    be_quiet()
+    if theta is None:
+        theta = lab.theta(run_spec(run, bits=bits, theta="searched")) if run.routed else None
+    model, tokenizer = prepared_model(lab, run, bits)
+    if run.routed:
+        set_threshold(model, theta)
+    return generate(model, tokenizer, prompt, max_tokens), theta
 
 
 def set_threshold_if_routed(model: nn.Module, theta: float | None) -> None:

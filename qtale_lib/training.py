@@ -61,7 +61,8 @@ def finetune(
     """
     model, tokenizer = load_base(profile)
     if examples is None:
-        examples = subset(load_task(task, "train", profile.data_dir, profile.data), profile.limit.train)
+        rows = load_task(task, "train", profile.data_dir, profile.data, profile.alpaca)
+        examples = subset(rows, profile.limit.train)
     rows, counts = train_rows(profile, task, examples, tokenizer)
     model = prepare_model(model, profile, method, seed)
     probe = ProbeCallback(probed(rows, profile.probes.samples), profile.training.eval_batch_size, seed)

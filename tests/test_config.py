@@ -360,7 +360,7 @@ def changed(value):
         key = next(key for key in value if isinstance(value[key], int | float))
         return {**value, key: value[key] * 2}
     other = {"microworld": "owner/model", "drop": "cut", "compact": "dllm", "float32": "bfloat16"}
-    other["test"] = "validation"
+    other |= {"test": "validation", "likelihood": "lm_eval"}
     return other[value] if isinstance(value, str) else value[1:] if len(value) > 1 else [7]
 
 
@@ -370,6 +370,7 @@ def test_digest_sees_every_section_and_a_stages_only_its_own(section, tmp_path):
     new = {
         "revision": "abc",
         "data": "hub",
+        "alpaca": "cleaned",
         "data_dir": str(tmp_path),
         "group_size": 64,
         "max_steps": 7,

@@ -60,6 +60,15 @@ def test_real_alpaca_is_cut_in_three():
 
 
 @needs_data
+@pytest.mark.filterwarnings("error:.*the published file has")
+def test_real_alpaca_eval_is_a_set_of_prompts():
+    prompts = load_task("alpaca_eval", "test", DATA)
+    assert len(prompts) == 805 and all(e.response and e.fields["input"] == "" for e in prompts)
+    with pytest.raises(UserError, match="alpaca_eval has no train rows; it is a set of prompts"):
+        load_task("alpaca_eval", "train", DATA)
+
+
+@needs_data
 def test_real_boolq_has_no_training_file():
     with pytest.raises(UserError, match=r"boolq, train: no train\.jsonl in .*boolq"):
         load_task("boolq", "train", DATA)
@@ -70,6 +79,8 @@ def test_real_first_rows():
     first = load_task("arc_easy", "test", DATA)[0]
     assert first.response == "Sunlight is the source of energy for nearly all ecosystems."
     assert first.id == "Mercury_417466"
+    winogrande = load_task("winogrande", "train", DATA), load_task("winogrande", "calibration", DATA)
+    assert not {e.choices for e in winogrande[0]} & {e.choices for e in winogrande[1]}
     anatomy = next(e for e in load_task("mmlu", "test", DATA) if e.fields["subject"] == "anatomy")
     assert len(anatomy.choices) == 4
     piqa = load_task("piqa", "test", DATA)
@@ -158,20 +169,50 @@ def test_cuts_partition_the_rows_and_split_no_group(groups, tmp_path_factory):
 
 
 def test_winogrande_twins_stay_together_and_the_largest_train_file_is_read(tmp_path):
-    twins = [{**WINOGRANDE, "qID": f"P{i}-{k}"} for i in range(20) for k in (1, 2)]
+    twins = [{**WINOGRANDE, "option1": f"{cup} {i}"} for i in range(20) for cup in ("Cup", "cup")]
     write(tmp_path / "winogrande" / "train_m.jsonl", *twins)
     write(tmp_path / "winogrande" / "train_s.jsonl", *twins[:4])
     train, calibration = (read_task("winogrande", split, tmp_path) for split in ("train", "calibration"))
     assert train.source["file"] == "train_m.jsonl"
-    pairs = [{e.id.split("-")[0] for e in part.examples} for part in (train, calibration)]
+    pairs = [{e.choices[0].lower() for e in part.examples} for part in (train, calibration)]
     assert len(calibration.examples) == 4 and not pairs[0] & pairs[1]
 
 
 def test_mmlu_without_auxiliary_train_says_that_it_trains_on_dev(tmp_path):
     write(tmp_path / "mmlu" / "dev" / "anatomy_dev.csv", *["q,1,2,3,4,A"] * 10)
     assert "trains on its dev questions" in read_task("mmlu", "train", tmp_path).source["notes"][0]
-    write(tmp_path / "mmlu" / "auxiliary_train" / "race.csv", *["q,1,2,3,4,A"] * 20)
-    assert read_task("mmlu", "train", tmp_path).source["file"] == "auxiliary_train"
+    write(tmp_path / "mmlu" / "auxiliary_train" / "race.csv", *[f"q{i},1,2,3,4,A" for i in range(20)])
+    auxiliary = read_task("mmlu", "train", tmp_path)
+    assert auxiliary.source["file"] == "auxiliary_train"
+    assert {e.fields["subject"] for e in auxiliary.examples} == {""}
+    assert render(auxiliary.examples[0]).prompt.startswith("question : q")
+    assert "Subject" not in render(auxiliary.examples[0], "dllm").prompt
+
+
+@pytest.mark.filterwarnings("error")
+def test_samsum_and_the_cleaned_alpaca(tmp_path):
+    rows = [
+        {"id": str(i), "dialogue": f"Bo: hi {i}\r\nAl: hi", "summary": f"greeting {i}"} for i in range(20)
+    ]
+    for name in ("train", "val", "test"):
+        write(tmp_path / "samsum" / f"{name}.json", json.dumps(rows))
+    with pytest.warns(UserWarning, match="the published file has 14732"):
+        train = load_task("samsum", "train", tmp_path)
+    with pytest.warns(UserWarning, match="the published file has 819"):
+        test = load_task("samsum", "test", tmp_path)
+    assert (len(train), len(test), test[3].id, test[3].response) == (18, 20, "3", "greeting 3")
+    assert test[0].fields == {"dialogue": "Bo: hi 0\r\nAl: hi"}
+    assert render(test[0]).prompt == "dialogue : Bo: hi 0\r\nAl: hi summary :"
+    assert "### Input:\nBo: hi 0" in render(test[0], "dllm").prompt
+    write(
+        tmp_path / "alpaca" / "alpaca_data_cleaned.json",
+        json.dumps([{**ALPACA, "instruction": str(i), "output": "clean"} for i in range(20)]),
+    )
+    with pytest.raises(UserError, match=r"no train\.json or alpaca_data\.json"):
+        load_task("alpaca", "test", tmp_path)
+    with pytest.warns(UserWarning, match="the published file has 51760"):
+        cleaned = load_task("alpaca", "test", tmp_path, alpaca="cleaned")
+    assert {(e.task, e.response) for e in cleaned} == {("alpaca", "clean")}
 
 
 @pytest.mark.filterwarnings("default")

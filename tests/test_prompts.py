@@ -1,5 +1,6 @@
 """Both prompt styles: golden texts, round trips, and the options' labels."""
 
+import importlib.util
 import json
 import os
 import re
@@ -10,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtale_lib.config import TASKS
+from qtale_lib.data import BENCHMARKS
 from qtale_lib.data.prompts import COMPACT, DLLM, render
 from qtale_lib.data.schema import Example
 from qtale_lib.errors import UserError
+from qtale_lib.provenance import ROOT
 
 DATA = os.environ.get("QTALE_TEST_DATA")
 
@@ -49,7 +52,8 @@ def example(task: str, texts: list[str], answer: int = 0) -> Example:
 
 
 def test_every_task_has_its_templates():
-    assert set(COMPACT) == set(TASKS) == set(FIELDS)
+    assert set(COMPACT) == {*TASKS, "alpaca_eval", "samsum"} == set(BENCHMARKS)
+    assert set(FIELDS) == set(TASKS)
     assert set(DLLM) == set(TASKS) - {"alpaca"}
 
 
@@ -151,3 +155,11 @@ def test_unknown_style_and_task_are_refused():
         render(made, "chat")
     with pytest.raises(UserError, match='no prompt for task "hellaswag"'):
         render(Example("x", "hellaswag", {}, ("a", "b"), 0))
+
+
+def test_the_page_of_prompts_is_what_the_code_renders():
+    spec = importlib.util.spec_from_file_location("prompts_page", ROOT / "scripts" / "prompts.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run python scripts/prompts.py"
+    assert all(f"\n## {task}\n" in script.page() for task in BENCHMARKS)

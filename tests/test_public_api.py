@@ -25,7 +25,7 @@ PARAMETERS = {
     "export_awq": ["model", "directory", "tokenizer"],
     "search_threshold": ["objective"],
     "load_profile": ["name_or_path"],
-    "load_task": ["name", "split", "data_dir", "data"],
+    "load_task": ["name", "split", "data_dir", "data", "alpaca"],
 }
 
 

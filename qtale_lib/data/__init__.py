@@ -14,31 +14,43 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from qtale_lib.data import hub
 from qtale_lib.data.benchmarks import BENCHMARKS, Loaded, read_split
 from qtale_lib.data.schema import SPLITS, Example
-from qtale_lib.errors import UserError
 
 __all__ = ["BENCHMARKS", "SPLITS", "Example", "Loaded", "data_hash", "load_task", "read_task", "subset"]
 
 
 def load_task(
-    name: str, split: str, data_dir: str | Path | None = None, data: str = "microworld"
+    name: str,
+    split: str,
+    data_dir: str | Path | None = None,
+    data: str = "microworld",
+    alpaca: str = "original",
 ) -> list[Example]:
     """Examples of a task's "train", "validation", "calibration" or "test" split.
 
     data_dir: the folder that holds <name>/ with the benchmark's original files; None takes `data`: the
-    embedded world ("microworld") or the hub ("hub").
+    embedded world ("microworld") or the hub ("hub"). alpaca: its "original" rows or the "cleaned" ones.
     Raises UserError, with file, line and reason, for what is missing or damaged.
     """
-    return read_task(name, split, data_dir, data).examples
+    return read_task(name, split, data_dir, data, alpaca).examples
 
 
-def read_task(name: str, split: str, data_dir: str | Path | None = None, data: str = "microworld") -> Loaded:
-    """load_task's examples and their source: file, sha256, rows, cuts (seed, indices), notes."""
+def read_task(
+    name: str,
+    split: str,
+    data_dir: str | Path | None = None,
+    data: str = "microworld",
+    alpaca: str = "original",
+) -> Loaded:
+    """load_task's examples and their source: file (and its sha256, or repository and revision), rows, cuts
+    (seed, indices), notes.
+    """
     if data_dir is not None:
-        return read_split(name, split, data_dir)
-    if data != "microworld":
-        raise UserError(f'{name}: data (= {data}) cannot be read yet; set data_dir, or data to "microworld".')
+        return read_split(name, split, data_dir, alpaca)
+    if data == "hub":
+        return hub.read_split(name, split, alpaca)
     from qtale_lib.data import microworld  # built on first use, and it imports this package
 
     return Loaded(microworld.load(name, split), {"task": name, "file": "embedded world", "notes": []})

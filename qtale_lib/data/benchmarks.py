@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qtale_lib.data.files import (
@@ -40,24 +40,34 @@ class Loaded:
     source: dict
 
 
-def read_split(name: str, split: str, data_dir: str | Path) -> Loaded:
+def read_split(name: str, split: str, data_dir: str | Path, alpaca: str = "original") -> Loaded:
     """Read one split of one benchmark; UserError names file, line and reason if it cannot be read."""
-    benchmark, folder = BENCHMARKS.get(name), Path(data_dir) / name
-    if benchmark is None:
+    benchmark, folder = find_benchmark(name, alpaca), Path(data_dir) / name
+    read_from = source_split(name, split, benchmark)
+    path = _find(folder, benchmark.files[read_from], name, split)
+    examples = parse_rows(name, path.stem, benchmark, benchmark.read(path))
+    if not examples:
+        raise UserError(f"{path} holds no rows; restore the original file.")
+    source = _describe(name, path, folder, examples)
+    return cut_out(name, split, benchmark, Loaded(examples, source), read_from)
+
+
+def find_benchmark(name: str, alpaca: str = "original") -> Benchmark:
+    """The benchmark of a task's name; UserError for a name that is none."""
+    if name not in BENCHMARKS:
         raise UserError(f'There is no task "{name}"; known: {", ".join(BENCHMARKS)}.')
+    return CLEANED if (name, alpaca) == ("alpaca", "cleaned") else BENCHMARKS[name]
+
+
+def source_split(name: str, split: str, benchmark: Benchmark) -> str:
+    """The split whose rows a split is read from: its own, or "train" where it is cut from that."""
     if split not in SPLITS:
         raise UserError(f'There is no split "{split}"; use one of {", ".join(SPLITS)}.')
+    if split not in benchmark.files and "train" not in benchmark.files:
+        raise UserError(f"{name} has no {split} rows; it is a set of prompts, read as test.")
     if split == "validation" and split not in benchmark.files:
         raise UserError(f"{name} has no labelled validation file; use calibration rows, cut from train.")
-    source_split = split if split in benchmark.files else "train"
-    path = _find(folder, benchmark.files[source_split], name, split)
-    examples = _read(name, path, benchmark)
-    source = _describe(name, path, folder, examples)
-    cuts = _cuts(name, examples, benchmark) if source_split == "train" else {}
-    if not cuts:
-        return Loaded(examples, source)
-    source["cuts"] = {"seed": CUT_SEED, **cuts}
-    return Loaded([examples[i] for i in _kept(split, len(examples), cuts)], source)
+    return split if split in benchmark.files else "train"
 
 
 def _find(folder: Path, patterns: tuple[str, ...], name: str, split: str) -> Path:
@@ -74,18 +84,21 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files_of(path))
 
 
-def _read(name: str, path: Path, benchmark: Benchmark) -> list[Example]:
+def parse_rows(name: str, stem: str, benchmark: Benchmark, rows: Iterable[Located]) -> list[Example]:
+    """Rows in the original file's form as Examples; stem: that file's name, which ids bear.
+
+    Raises:
+        UserError: for the first row that is damaged, with its place and the reason.
+    """
     examples = []
-    for place, row in benchmark.read(path):
+    for place, row in rows:
         try:
-            parts = {"id": f"{name}/{path.stem}/{len(examples)}", **benchmark.parse(row)}
+            parts = {"id": f"{name}/{stem}/{len(examples)}", **benchmark.parse(row)}
             examples.append(Example(task=name, **parts))
         except KeyError as error:
             raise UserError(f"{place}: the key {error} is missing; restore the original file.") from error
         except (TypeError, ValueError, IndexError) as error:
             raise UserError(f"{place}: {error}; restore the original file.") from error
-    if not examples:
-        raise UserError(f"{path} holds no rows; restore the original file.")
     return examples
 
 
@@ -94,15 +107,31 @@ def _describe(name: str, path: Path, folder: Path, examples: list[Example]) -> d
     digest = hashlib.sha256()
     for file in files_of(path):
         digest.update(file.read_bytes())
-    notes = [NOTES[name, relative]] if (name, relative) in NOTES else []
-    published = ROWS.get((name, relative))
-    if published not in (None, rows):
-        notes.append(f"{relative} has {rows} rows; the published file has {published}")
-        warnings.warn(f"{name}: {notes[-1]}.", stacklevel=3)
+    notes = notes_on(name, relative, rows)
     return {"task": name, "file": relative, "sha256": digest.hexdigest(), "rows": rows, "notes": notes}
 
 
+def notes_on(name: str, file: str, rows: int) -> list[str]:
+    """What is to be known of rows of an original file, or of their copy; another count is a warning too."""
+    notes = [NOTES[name, file]] if (name, file) in NOTES else []
+    published = ROWS.get((name, file))
+    if published not in (None, rows):
+        notes.append(f"{file} has {rows} rows; the published file has {published}")
+        warnings.warn(f"{name}: {notes[-1]}.", stacklevel=4)
+    return notes
+
+
 # Cuts: which rows of the training file serve another split.
+
+
+def cut_out(name: str, split: str, benchmark: Benchmark, loaded: Loaded, read_from: str) -> Loaded:
+    """The rows of a split among those of the split it is read from; the source says how they were cut."""
+    if read_from != "train":
+        return loaded
+    examples = loaded.examples
+    cuts = _cuts(name, examples, benchmark)
+    source = {**loaded.source, "cuts": {"seed": CUT_SEED, **cuts}}
+    return Loaded([examples[i] for i in _kept(split, len(examples), cuts)], source)
 
 
 def _cuts(name: str, examples: list[Example], benchmark: Benchmark) -> dict[str, list[int]]:
@@ -116,7 +145,7 @@ def _cuts(name: str, examples: list[Example], benchmark: Benchmark) -> dict[str,
         names = list(groups)
         random.Random(f"{CUT_SEED} {name} {split}").shuffle(names)
         wanted, taken = min(size, max(len(examples) // 10, 1)), []
-        while len(taken) < wanted:
+        while names and len(taken) < wanted:  # one group can be all there is
             taken += groups.pop(names.pop())
         cuts[split] = sorted(taken)
     return cuts
@@ -182,7 +211,6 @@ def _winogrande(row: Mapping) -> dict:
     if fields["sentence"].count("_") != 1:
         raise ValueError('the sentence has not exactly one "_"')
     return {
-        "id": row["qID"],
         "fields": fields,
         "choices": _choices(row, "option1", "option2"),
         "answer": _label(row["answer"], ("1", "2")),
@@ -229,6 +257,19 @@ def _alpaca(row: Mapping) -> dict:
     return {"fields": fields, "response": _texts(row, output="output")["output"]}
 
 
+def _alpaca_eval(row: Mapping) -> dict:
+    texts = _texts(row, instruction="instruction", output="output")
+    return {"fields": {"instruction": texts["instruction"], "input": ""}, "response": texts["output"]}
+
+
+def _samsum(row: Mapping) -> dict:
+    return {
+        "id": row["id"],
+        "fields": _texts(row, dialogue="dialogue"),
+        "response": _texts(row, summary="summary")["summary"],
+    }
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """files: split -> file patterns, the first that matches is taken; group: what may not straddle a cut."""
@@ -261,7 +302,7 @@ BENCHMARKS = {
         {"train": ("train_[xsml]*.jsonl",), "test": ("dev.jsonl",)},
         read_jsonl,
         _winogrande,
-        lambda example: example.id.rsplit("-", 1)[0],  # twin sentences share a qID up to its last number
+        lambda example: " ".join(sorted(example.choices)).lower(),  # twin sentences share their options
     ),
     "openbookqa": Benchmark(
         {"train": ("train.jsonl",), "validation": ("dev.jsonl",), "test": ("test.jsonl",)},
@@ -282,7 +323,17 @@ BENCHMARKS = {
         _by("instruction"),
         cut={"test": ALPACA_TEST_ROWS},
     ),
+    "alpaca_eval": Benchmark(
+        {"test": ("test.json", "alpaca_eval.json")}, read_json_array, _alpaca_eval, _by("instruction")
+    ),
+    "samsum": Benchmark(
+        {"train": ("train.json",), "validation": ("val.json",), "test": ("test.json",)},
+        read_json_array,
+        _samsum,
+        _by("dialogue"),
+    ),
 }
+CLEANED = replace(BENCHMARKS["alpaca"], files={"train": ("alpaca_data_cleaned.json",)})
 
 NOTES = {("mmlu", "dev"): "auxiliary_train is not there: mmlu trains on its dev questions"}
 
@@ -313,4 +364,11 @@ ROWS = {
     ("mmlu", "val"): 1531,
     ("mmlu", "test"): 14042,
     ("alpaca", "train.json"): 52002,
+    ("alpaca", "alpaca_data.json"): 52002,
+    ("alpaca", "alpaca_data_cleaned.json"): 51760,
+    ("alpaca_eval", "test.json"): 805,
+    ("alpaca_eval", "alpaca_eval.json"): 805,
+    ("samsum", "train.json"): 14732,
+    ("samsum", "val.json"): 818,
+    ("samsum", "test.json"): 819,
 }

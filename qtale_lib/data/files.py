@@ -91,9 +91,13 @@ def read_json_array(path: Path) -> Iterator[Located]:
 
 
 def read_csv_folder(path: Path) -> Iterator[Located]:
-    """Rows of every headerless csv of a folder, as [subject, cell, cell, ...]."""
+    """Rows of every headerless csv of a folder, as [subject, cell, cell, ...].
+
+    The rows of auxiliary_train have no subject: "".
+    """
     for file in files_of(path):
-        subject = re.sub("_(dev|val|test)$", "", file.stem).replace("_", " ")
+        named = path.name != "auxiliary_train"  # whose files bear the names of other collections
+        subject = re.sub("_(dev|val|test)$", "", file.stem).replace("_", " ") if named else ""
         reader = csv.reader(StringIO(_text(file), newline=""), strict=True)
         try:
             for cells in reader:

@@ -25,8 +25,14 @@ COMPACT = {
     "openbookqa": "question : {question} answer :",
     "mmlu": "subject : {subject} question : {question} answer :",
     "alpaca": "instruction : {instruction} input : {input} response :",
+    "alpaca_eval": "instruction : {instruction} input : {input} response :",
+    "samsum": "dialogue : {dialogue} summary :",
 }
-COMPACT_WITHOUT_INPUT = "instruction : {instruction} response :"
+# Where a field is empty, the template that leaves it out.
+COMPACT_WITHOUT = {
+    "input": "instruction : {instruction} response :",
+    "subject": "question : {question} answer :",
+}
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -38,6 +44,8 @@ ALPACA_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+
+SUMMARISE = {"instruction": "Summarise this dialogue in a few sentences."}
 
 # task -> (what to do and how to answer, the material, the options' labels)
 DLLM = {
@@ -90,8 +98,8 @@ DLLM = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """prompt; one continuation per choice (none for alpaca); target: the right one, or the response; values:
-    a continuation per answer that the choices were drawn from (none where the prompt lists the choices).
+    """prompt; one continuation per choice (none without choices); target: the right one, or the response;
+    values: a continuation per answer that the choices were drawn from (none where the prompt lists them).
     """
 
     prompt: str
@@ -110,7 +118,8 @@ def render(example: Example, style: str = "compact") -> Rendered:
 
 
 def _compact(example: Example) -> Rendered:
-    template = COMPACT_WITHOUT_INPUT if example.fields.get("input") == "" else COMPACT[example.task]
+    shorter = [text for name, text in COMPACT_WITHOUT.items() if example.fields.get(name) == ""]
+    template = shorter[0] if shorter else COMPACT[example.task]
     values = example.values or example.choices
     prompt = template.format(**example.fields, cue=_cue(example.fields.get("sentence", "")))
     return Rendered(prompt.rstrip(), example.choices, example.response, values)
@@ -121,15 +130,17 @@ def _cue(sentence: str) -> str:
 
 
 def _dllm(example: Example) -> Rendered:
-    if example.task == "alpaca":
-        template = ALPACA_WITH_INPUT if example.fields["input"] else ALPACA_WITHOUT_INPUT
-        return Rendered(template.format(**example.fields), (), example.response)
+    if not example.choices:
+        fields = example.fields
+        if example.task == "samsum":
+            fields = {**SUMMARISE, "input": fields["dialogue"]}
+        template = ALPACA_WITH_INPUT if fields["input"] else ALPACA_WITHOUT_INPUT
+        return Rendered(template.format(**fields), (), example.response)
     instruction, material, labels = DLLM[example.task]
     labels = tuple(labels[: len(example.choices)])
     options = "\n".join(f"  {label}. {choice}" for label, choice in zip(labels, example.choices, strict=True))
-    prompt = ALPACA_WITH_INPUT.format(
-        instruction=instruction, input=material.format(**example.fields, options=options)
-    )
+    material = material.format(**example.fields, options=options).removeprefix("Subject: \n\n")
+    prompt = ALPACA_WITH_INPUT.format(instruction=instruction, input=material)
     return Rendered(prompt, labels, labels[example.answer])
 
 

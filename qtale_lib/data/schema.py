@@ -14,13 +14,14 @@ SPLITS = ("train", "validation", "calibration", "test")
 class Example:
     """One question with its options, or one instruction with its response.
 
-    fields: the original row's text, normalised to these keys: piqa {goal}; boolq {passage, question}; siqa
-    {context, question}; arc_easy, arc_challenge, openbookqa {question}; winogrande {sentence} with one "_";
-    mmlu {subject, question}; alpaca {instruction, input}. As in the originals, a boolq question carries no
-    question mark. choices, answer: the options' own texts and the index of the right one; () and None for
-    alpaca. response: the text a model is to give; left empty, it becomes choices[answer]. facts: ids of the
-    embedded world's facts that the row rests on; () for other data. values: all answers that the choices were
-    drawn from, the right one among them; () where the choices are all there is.
+    fields: the original row's text, normalised to these keys: piqa {goal}; boolq {passage, question};
+    siqa {context, question}; arc_easy, arc_challenge, openbookqa {question}; winogrande {sentence} with
+    one "_"; mmlu {subject, question}, the subject "" in auxiliary_train; alpaca, alpaca_eval
+    {instruction, input}; samsum {dialogue}. As in the originals, a boolq question carries no question
+    mark. choices, answer: the options' own texts and the index of the right one; () and None for alpaca.
+    response: the text a model is to give; left empty, it becomes choices[answer]. facts: ids of the
+    embedded world's facts that the row rests on; () for other data. values: all answers that the choices
+    were drawn from, the right one among them; () where the choices are all there is.
     """
 
     id: str

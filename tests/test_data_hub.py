@@ -193,6 +193,17 @@ def test_a_profile_reads_from_the_hub_unless_it_has_a_folder(served, tmp_path):
     assert from_files.source("boolq", "test")["file"] == "dev.jsonl"
 
 
+@pytest.mark.parametrize(
+    ("task", "name"), [("alpaca", "alpaca_data.json"), ("alpaca_eval", "alpaca_eval.json")]
+)
+def test_a_file_by_its_publishers_name_has_the_same_rows(task, name, served, tmp_path):
+    path = write(task, next(iter(hub.COPIES[task].splits)), tmp_path, 12)
+    named = read_task(task, "test", tmp_path)
+    path.rename(path.with_name(name))
+    again = read_task(task, "test", tmp_path)
+    assert again.examples == named.examples and again.source["file"] == name
+
+
 def test_a_copys_own_number_of_rows_is_no_surprise(served, tmp_path, monkeypatch):
     served("samsum", "train", write("samsum", "train", tmp_path, 12))
     told = {"notes": read_task("samsum", "calibration", data="hub").source["notes"]}

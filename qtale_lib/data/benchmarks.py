@@ -30,6 +30,10 @@ from qtale_lib.errors import UserError
 CUT_SEED = 0
 CALIBRATION_ROWS = 1000  # at most; never more than a tenth of the training file
 ALPACA_TEST_ROWS = 2000
+PUBLISHED_AS = {
+    "alpaca_data": "train",
+    "alpaca_eval": "test",
+}  # other names of one file: its ids are the same
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ def read_split(name: str, split: str, data_dir: str | Path, alpaca: str = "origi
     benchmark, folder = find_benchmark(name, alpaca), Path(data_dir) / name
     read_from = source_split(name, split, benchmark)
     path = _find(folder, benchmark.files[read_from], name, split)
-    examples = parse_rows(name, path.stem, benchmark, benchmark.read(path))
+    stem = PUBLISHED_AS.get(path.stem, path.stem)
+    examples = parse_rows(name, stem, benchmark, benchmark.read(path))
     if not examples:
         raise UserError(f"{path} holds no rows; restore the original file.")
     source = _describe(name, path, folder, examples)

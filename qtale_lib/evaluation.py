@@ -178,6 +178,7 @@ class ChoiceModel(LM):
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.max_length = batch_size, max_length
         self.count = ExecutionCount()
+        self.rows: dict[str, int] = {}  # contexts {used, dropped, cut}
         self.further: list[tuple[str, str]] = []  # (context, continuation) scored in the same passes
         self.further_sums: list[float] = []
 
@@ -186,7 +187,9 @@ class ChoiceModel(LM):
         texts = [*(request.args for request in requests), *self.further]
         pairs = encode_pairs(self.tokenizer, texts)
         contexts = [context for context, _ in texts]
-        pairs, _ = fit_all(pairs, self.tokenizer, self.max_length, "cut", contexts)
+        pairs, self.rows = fit_all(pairs, self.tokenizer, self.max_length, "cut", contexts)
+        if self.rows["dropped"]:
+            raise UserError(f"A choice alone is longer than {self.max_length} tokens; raise max_length.")
         scores = score(self.model, pairs, self.batch_size)
         self.count = scores.count
         sums = [float(values.sum()) for values in scores.log_probabilities]

@@ -117,7 +117,7 @@ class Lab:
         names = list(ENCODING)
         names += QUANTIZING if spec["bits"] < 16 else ()
         names += ["calibration"] if kind == "threshold" else []
-        names += ["protocol"] if kind == "evaluation" else []
+        names += ["protocol"] if kind == "evaluation" and spec["task"] != "alpaca" else []
         return without_earlier({name: everything[name] for name in names})
 
     def made_from(self, kind: str, spec: Spec) -> dict[str, Any] | None:

@@ -241,8 +241,7 @@ def measure(
         return {"metric": "ppl", **perplexity(model, tokenizer, examples, **fitting(lab))}
     if lab.profile.protocol == "lm_eval":
         settings = {name: fitting(lab)[name] for name in ("batch_size", "max_length")}
-        own = evaluate_own_task(model, tokenizer, task, lab.profile.limit.test, **settings)
-        return {"metric": "acc", **own}
+        return {"metric": "acc", **evaluate_own_task(model, tokenizer, examples, task, **settings)}
     return {"metric": "acc", **evaluate_choices(model, tokenizer, examples, task, **fitting(lab))}
 
 

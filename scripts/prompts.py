@@ -22,9 +22,9 @@ perplexity of the response is taken. The style is the profile's `prompt`: `dllm`
 format with task descriptions in our own words, the material under "Input", where D-LLM's prompt for PIQA
 has it under "Instruction"; `compact` is the embedded base's.
 
-`protocol: lm_eval` scores by lm-eval's own tasks, prompts and datasets instead (`piqa`, `boolq`,
-`social_iqa`, `arc_easy`, `arc_challenge`, `winogrande`, `openbookqa`, `mmlu`), zero-shot; fine-tuning and
-the θ search keep the profile's `prompt`.
+`protocol: lm_eval` scores by lm-eval's own tasks and prompts instead (`piqa`, `boolq`, `social_iqa`,
+`arc_easy`, `arc_challenge`, `winogrande`, `openbookqa`, `mmlu`), zero-shot, on the same rows; fine-tuning
+and the θ search keep the profile's `prompt`.
 """
 MADE_UP = (
     Example(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,18 @@ def test_real_alpaca_eval_is_a_set_of_prompts():
     assert len(prompts) == 805 and all(e.response and e.fields["input"] == "" for e in prompts)
     with pytest.raises(UserError, match="alpaca_eval has no train rows; it is a set of prompts"):
         load_task("alpaca_eval", "train", DATA)
+
+
+@needs_data
+def test_the_counts_are_those_of_the_datas_own_readme():
+    """PUBLISHED, which the files are held to above, against the table beside them."""
+    told = dict(re.findall(r"^\| (\w+) \|.*\| ([\d, /]+) \|$", (Path(DATA) / "README.md").read_text(), re.M))
+    counts = {task: [int(n.replace(",", "")) for n in row.split("/")] for task, row in told.items()}
+    assert counts.pop("alpaca") == [52002] and counts.pop("alpaca_eval") == [805]
+    smaller = {"winogrande": [640]}  # train_s, beside the train_m that is read
+    assert counts == {
+        task: smaller.get(task, []) + [n for n in rows if n is not None] for task, rows in PUBLISHED.items()
+    }
 
 
 @needs_data
@@ -201,8 +214,8 @@ def test_samsum_and_the_cleaned_alpaca(tmp_path):
     with pytest.warns(UserWarning, match="the published file has 819"):
         test = load_task("samsum", "test", tmp_path)
     assert (len(train), len(test), test[3].id, test[3].response) == (18, 20, "3", "greeting 3")
-    assert test[0].fields == {"dialogue": "Bo: hi 0\r\nAl: hi"}
-    assert render(test[0]).prompt == "dialogue : Bo: hi 0\r\nAl: hi summary :"
+    assert test[0].fields == {"dialogue": "Bo: hi 0\nAl: hi"}
+    assert render(test[0]).prompt == "dialogue : Bo: hi 0\nAl: hi summary :"
     assert "### Input:\nBo: hi 0" in render(test[0], "dllm").prompt
     write(
         tmp_path / "alpaca" / "alpaca_data_cleaned.json",

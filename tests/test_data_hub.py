@@ -7,13 +7,16 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 
 from qtale_lib.config import TASKS, load_profile
 from qtale_lib.data import BENCHMARKS, data_hash, hub, read_task
+from qtale_lib.data.benchmarks import CLEANED, ROWS
 from qtale_lib.data.files import read_csv_folder, read_json_array, read_jsonl, read_jsonl_with_labels
 from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
@@ -65,14 +68,22 @@ def served(tmp_path, monkeypatch) -> Callable:
 
     whole = datasets.load_dataset
 
-    def load(repository, config=None, *, split, revision, data_files=None):
-        assert data_files in (None, {split: "alpaca_eval.json"})
+    def download(repository, file, *, repo_type, revision):
+        assert (file, repo_type) == ("alpaca_eval.json", "dataset")
+        kept = there[repository, None, "test", revision]
+        rows = datasets.Dataset.from_parquet(str(kept), cache_dir=str(tmp_path / "cache")).to_list()
+        (tmp_path / file).write_text(json.dumps(rows))
+        return str(tmp_path / file)
+
+    def load(repository, config=None, *, split, revision):
+        assert repository != "tatsu-lab/alpaca_eval"  # datasets refuses it: it holds a script
         kept = there.get((repository, config, split, revision))
         if kept is None:
             raise ConnectionError("offline")
         return whole("parquet", data_files=str(kept), split="train", cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     datasets.disable_progress_bars()
     return serve
 
@@ -146,22 +157,18 @@ def write(task: str, split: str, folder: Path, count: int) -> Path:
 def test_rows_are_the_same_either_way(task, split, served, tmp_path):
     path = write(task, split, tmp_path, 12)
     copy = served(task, split, path)
-    read = "calibration" if split == "train" else split  # equal rows are one group: all of them are cut out
+    # equal rows are one group: all of them are cut out, for the first that takes some
+    read = split if split != "train" else "test" if task == "alpaca" else "calibration"
     ours, theirs = read_task(task, read, tmp_path), read_task(task, read, data="hub")
     assert theirs.examples == ours.examples and len(ours.examples) == 12
     assert theirs.source["revision"] == copy.revision
     assert any("has 12 rows; the published file has" in note for note in theirs.source["notes"])
-    assert any("none is pinned" in note for note in theirs.source["notes"]) == (copy.revision is None)
 
 
-def test_every_benchmark_has_a_copy_at_a_whole_commit_or_at_none():
+def test_every_benchmark_has_a_copy_at_a_whole_commit():
     assert set(hub.COPIES) == set(BENCHMARKS) and set(TASKS) <= set(hub.COPIES)
     copies = [*hub.COPIES.values(), hub.CLEANED]
-    assert all(copy.revision is None or re.fullmatch("[0-9a-f]{40}", copy.revision) for copy in copies)
-    assert {copy.repository for copy in copies if copy.revision is None} == {
-        "lighteval/siqa",
-        "knkarthick/samsum",
-    }
+    assert all(re.fullmatch("[0-9a-f]{40}", copy.revision) for copy in copies)
     for task, copy in hub.COPIES.items():
         assert set(copy.splits) == set(BENCHMARKS[task].files)
 
@@ -184,3 +191,37 @@ def test_a_profile_reads_from_the_hub_unless_it_has_a_folder(served, tmp_path):
     assert from_hub.examples("boolq", "test") == from_files.examples("boolq", "test")
     assert from_hub.source("boolq", "test")["file"] == "google/boolq, validation"
     assert from_files.source("boolq", "test")["file"] == "dev.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [("alpaca", "alpaca_data.json"), ("alpaca_eval", "alpaca_eval.json")]
+)
+def test_a_file_by_its_publishers_name_has_the_same_rows(task, name, served, tmp_path):
+    path = write(task, next(iter(hub.COPIES[task].splits)), tmp_path, 12)
+    named = read_task(task, "test", tmp_path)
+    path.rename(path.with_name(name))
+    again = read_task(task, "test", tmp_path)
+    assert again.examples == named.examples and again.source["file"] == name
+
+
+def test_a_copys_own_number_of_rows_is_no_surprise(served, tmp_path, monkeypatch):
+    served("samsum", "train", write("samsum", "train", tmp_path, 12))
+    told = {"notes": read_task("samsum", "calibration", data="hub").source["notes"]}
+    monkeypatch.setitem(hub.COPIES, "samsum", replace(hub.COPIES["samsum"], counts={"train.json": 12}))
+    assert "the published file has 14731" in told["notes"][0]
+    assert read_task("samsum", "calibration", data="hub").source["notes"] == []
+
+
+def test_the_page_on_data_names_every_source():
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    told = dict(re.findall(r"^\| (\w+) \| (.+) \|$", page, re.MULTILINE))
+    assert set(told) - {"task"} == set(BENCHMARKS) | {"cleaned"}
+    sources = {**{task: (BENCHMARKS[task], copy) for task, copy in hub.COPIES.items()},
+               "cleaned": (CLEANED, hub.CLEANED)}  # fmt: skip
+    for name, (benchmark, copy) in sources.items():
+        files, counts, place = told[name].split(" | ")
+        assert f"`{copy.repository}`" in place and f"`{copy.revision[:12]}`" in place
+        assert re.findall("`([^`]+)`", files) == [f for given in benchmark.files.values() for f in given]
+        task = "alpaca" if name == "cleaned" else name
+        published = [ROWS[task, original] for _, original in copy.splits.values()]
+        assert counts == " / ".join(f"{rows:,}" for rows in published)

@@ -30,6 +30,10 @@ from qtale_lib.errors import UserError
 CUT_SEED = 0
 CALIBRATION_ROWS = 1000  # at most; never more than a tenth of the training file
 ALPACA_TEST_ROWS = 2000
+PUBLISHED_AS = {
+    "alpaca_data": "train",
+    "alpaca_eval": "test",
+}  # other names of one file: its ids are the same
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ def read_split(name: str, split: str, data_dir: str | Path, alpaca: str = "origi
     benchmark, folder = find_benchmark(name, alpaca), Path(data_dir) / name
     read_from = source_split(name, split, benchmark)
     path = _find(folder, benchmark.files[read_from], name, split)
-    examples = parse_rows(name, path.stem, benchmark, benchmark.read(path))
+    stem = PUBLISHED_AS.get(path.stem, path.stem)
+    examples = parse_rows(name, stem, benchmark, benchmark.read(path))
     if not examples:
         raise UserError(f"{path} holds no rows; restore the original file.")
     source = _describe(name, path, folder, examples)
@@ -111,10 +116,12 @@ def _describe(name: str, path: Path, folder: Path, examples: list[Example]) -> d
     return {"task": name, "file": relative, "sha256": digest.hexdigest(), "rows": rows, "notes": notes}
 
 
-def notes_on(name: str, file: str, rows: int) -> list[str]:
-    """What is to be known of rows of an original file, or of their copy; another count is a warning too."""
+def notes_on(name: str, file: str, rows: int, known: int | None = None) -> list[str]:
+    """What is to be known of rows of an original file, or of their copy; another count than is known of the
+    copy, or was published, is a warning too.
+    """
     notes = [NOTES[name, file]] if (name, file) in NOTES else []
-    published = ROWS.get((name, file))
+    published = known or ROWS.get((name, file))
     if published not in (None, rows):
         notes.append(f"{file} has {rows} rows; the published file has {published}")
         warnings.warn(f"{name}: {notes[-1]}.", stacklevel=4)
@@ -263,11 +270,9 @@ def _alpaca_eval(row: Mapping) -> dict:
 
 
 def _samsum(row: Mapping) -> dict:
-    return {
-        "id": row["id"],
-        "fields": _texts(row, dialogue="dialogue"),
-        "response": _texts(row, summary="summary")["summary"],
-    }
+    texts = _texts(row, dialogue="dialogue", summary="summary")
+    dialogue = texts["dialogue"].replace("\r\n", "\n")  # the original's line ends, not its copies'
+    return {"id": row["id"], "fields": {"dialogue": dialogue}, "response": texts["summary"]}
 
 
 @dataclass(frozen=True)
@@ -335,7 +340,14 @@ BENCHMARKS = {
 }
 CLEANED = replace(BENCHMARKS["alpaca"], files={"train": ("alpaca_data_cleaned.json",)})
 
-NOTES = {("mmlu", "dev"): "auxiliary_train is not there: mmlu trains on its dev questions"}
+NOTES = {
+    ("mmlu", "dev"): "auxiliary_train is not there: mmlu trains on its dev questions",
+    ("mmlu", "auxiliary_train"): "mmlu trains on auxiliary_train",
+    **{
+        ("winogrande", f"train_{size}.jsonl"): f"winogrande trains on train_{size}, the largest there"
+        for size in ("xs", "s", "m", "l", "xl")
+    },
+}
 
 # Rows of the published files, by (task, file); another count is a warning and a note, not an error.
 ROWS = {

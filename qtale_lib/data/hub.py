@@ -2,13 +2,14 @@
 
 Every repository holds its rows as data: nothing remote is run. A row is brought into the form of the original
 file's row; parsing, ids, row counts and cuts are those of `benchmarks`. A revision is a commit of the
-repository; where none could be verified it is None, which is the newest, and the source's notes say so.
+repository, as other projects pin it: no hub could be reached where this was written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from qtale_lib.data.benchmarks import (
@@ -19,7 +20,7 @@ from qtale_lib.data.benchmarks import (
     parse_rows,
     source_split,
 )
-from qtale_lib.data.files import Located, Row
+from qtale_lib.data.files import Located, Row, read_json_array
 from qtale_lib.errors import UserError
 
 
@@ -38,7 +39,12 @@ def _openbookqa(row: Mapping) -> Row:
 
 
 def _mmlu(row: Mapping) -> Row:
-    return [row["subject"].replace("_", " "), row["question"], *row["choices"], "ABCD"[row["answer"]]]
+    return [
+        row["subject"].replace("_", " "),
+        row["question"],
+        *row["choices"],
+        dict(enumerate("ABCD"))[row["answer"]],
+    ]
 
 
 def _samsum(row: Mapping) -> Row:
@@ -47,14 +53,17 @@ def _samsum(row: Mapping) -> Row:
 
 @dataclass(frozen=True)
 class Copy:
-    """A benchmark on the hub. splits: ours -> (the hub's, the original file, whose name ids bear)."""
+    """A benchmark on the hub. splits: ours -> (the hub's, the original file, whose name ids bear); counts:
+    rows of an original file, where this copy is known to have another number.
+    """
 
     repository: str
-    revision: str | None
+    revision: str
     splits: Mapping[str, tuple[str, str]]
     config: str | None = None
     adapt: Callable[[Mapping], Row] = _same
-    file: str | None = None  # the one to read, in a repository that holds others
+    file: str | None = None  # a JSON file to read by itself, in a repository that holds a script
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 _ARC = Copy(
@@ -75,7 +84,7 @@ COPIES = {
     ),
     "siqa": Copy(
         "lighteval/siqa",  # allenai/social_i_qa as data
-        None,
+        "54c6a1f8cb6daf4f5abf24a601852612fb35eb25",
         {"train": ("train", "train.jsonl"), "test": ("validation", "dev.jsonl")},
         adapt=_siqa,
     ),
@@ -120,13 +129,14 @@ COPIES = {
     ),
     "samsum": Copy(
         "knkarthick/samsum",
-        None,
+        "6b929ff10edec703164e3ddb2e94aae058c9ab5f",
         {
             "train": ("train", "train.json"),
             "validation": ("validation", "val.json"),
             "test": ("test", "test.json"),
         },
         adapt=_samsum,
+        counts={"train.json": 14731},
     ),
 }
 CLEANED = Copy(
@@ -147,9 +157,7 @@ def read_split(name: str, split: str, alpaca: str = "original") -> Loaded:
     examples = parse_rows(name, file.partition(".")[0], benchmark, _located(copy, place, rows))
     if not examples:
         raise UserError(f"{place} holds no rows; set data_dir to a folder with the original files.")
-    notes = notes_on(name, file, len(examples))
-    if copy.revision is None:
-        notes.append(f"{copy.repository} is read at its newest revision: none is pinned")
+    notes = notes_on(name, file, len(examples), copy.counts.get(file))
     source = {
         "task": name,
         "file": place,
@@ -164,12 +172,13 @@ def read_split(name: str, split: str, alpaca: str = "original") -> Loaded:
 def _fetch(name: str, copy: Copy, split: str) -> Any:
     """The rows of one split of the hub, fetched or from the cache."""
     import datasets
+    from huggingface_hub import hf_hub_download
 
-    how: dict[str, Any] = {"split": split, "revision": copy.revision}
-    if copy.file:
-        how["data_files"] = {split: copy.file}
     try:
-        return datasets.load_dataset(copy.repository, copy.config, **how)
+        if copy.file:  # datasets refuses a repository that holds a script, even where it is not to be run
+            kept = hf_hub_download(copy.repository, copy.file, repo_type="dataset", revision=copy.revision)
+            return [row for _, row in read_json_array(Path(kept))]
+        return datasets.load_dataset(copy.repository, copy.config, split=split, revision=copy.revision)
     except Exception as error:  # the client raises many kinds: offline, no such revision, no such split
         raise UserError(
             f"{name}: {copy.repository}, {split}, cannot be had from the hub ({type(error).__name__}); "

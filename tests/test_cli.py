@@ -129,7 +129,7 @@ def test_status_counts_what_is_there(tmp_path):
 
 def test_notebooks_are_chosen_by_number_and_the_scoreboard_goes_last():
     assert [path.name[:2] for path in notebooks.choose("5, 00,03")] == ["03", "05", "00"]
-    assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 9
+    assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 10
     with pytest.raises(UserError, match="There is no notebook 09"):
         notebooks.choose("09")
 

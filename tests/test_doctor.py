@@ -67,6 +67,9 @@ def test_offline_every_profile_passes_up_to_the_missing_download(places, monkeyp
     else:
         assert refused - {"data"} == {"base"}  # the data may be a download too
         assert "HF_HUB_OFFLINE forbids to fetch it; unset that, call `hf download " in lines["base"].text
+    if name == "stories260k":  # of a base that is in no list nothing can be estimated before it is here
+        assert lines["estimates"].status == "warning"
+        return
     assert all("peak about" in lines[stage].text and "roughly" in lines[stage].text for stage in STAGES)
     assert "results about" in lines["disk"].text
 
@@ -149,7 +152,10 @@ def test_damage_is_found_here_too_and_does_not_stop_the_rest(places, small):
 
 
 def test_another_version_than_pinned_is_a_warning(places, monkeypatch, small):
-    tools = {"pins": lambda: {"torch": "0.1", "numpy": "2"}, "installed": {"torch": "9", "numpy": "2"}.get}
+    tools = {
+        "pins": lambda with_cluster: {"torch": "0.1", "numpy": "2"},
+        "installed": {"torch": "9", "numpy": "2"}.get,
+    }
     monkeypatch.setattr(doctor.runpy, "run_path", lambda path: tools)
     line = by_subject(profile(small))["versions"]
     assert (line.status, line.text.split(";")[0]) == ("warning", "torch is 9, not 0.1")

@@ -26,7 +26,7 @@ from qtale_lib.memory import Batch
 from qtale_lib.preflight import config_of, workloads
 from qtale_lib.provenance import ROOT
 from qtale_lib.trainer import is_router, response_loss
-from qtale_lib.training import prepare_model, share_of_batch
+from qtale_lib.training import prepare_model
 
 NEAR = 0.2  # how far an estimate may be off
 HUB_PROFILES = ("smollm2-135m", "llama3.2-1b", "llama3.2-3b", "llama2-7b", "llama3.1-8b")
@@ -131,7 +131,7 @@ def test_checkpointing_and_sharding_take_less():
     shape, batch = efficiency.LLAMA31_8B, Batch(1, 1024, 1024)
     plain, frugal, shared = (
         memory.training(shape, load_profile("llama3.1-8b", compute=compute), "qtale", batch, "gpu")
-        for compute in ({}, {"gradient_checkpointing": True}, {"processes": 4, "shard": True})
+        for compute in ({}, {"gradient_checkpointing": True}, {"processes": 4, "sharding": "fsdp"})
     )
     inputs = shape.num_hidden_layers * batch.size * 2 * shape.hidden_size
     assert inputs < frugal["activations"] < plain["activations"] / 5
@@ -143,10 +143,10 @@ def test_checkpointing_and_sharding_take_less():
     ("batch", "accumulation", "processes", "rows"), [(4, 2, 2, 4), (4, 1, 2, 2), (1, 8, 8, 1), (4, 2, 1, 4)]
 )
 def test_processes_share_the_accumulation_or_the_batch(batch, accumulation, processes, rows):
-    changes = {"batch_size": batch, "gradient_accumulation": accumulation, "gate_noise": "keyed"}
+    changes = {"batch_size": batch, "gradient_accumulation": accumulation, "noise": "keyed"}
     shared = load_profile("tiny", training=changes, compute={"processes": processes})
     assert workload.typical(shared, "piqa").training_batch(shared).rows == rows
-    assert share_of_batch(shared)[0] == rows
+    assert shared.split_batch()[0] == rows
 
 
 def test_stages_are_those_of_the_jobs_and_time_needs_a_speed():

@@ -69,16 +69,25 @@ def is_offline() -> bool:
 
 @contextlib.contextmanager
 def _refusing(name: str, revision: str | None) -> Iterator[ModuleType]:
-    """The hub's client, silent on what it tries again; what it raises becomes a UserError."""
+    """The hub's client, silent; what it raises becomes a UserError."""
     import huggingface_hub
+
+    with silent():
+        try:
+            yield huggingface_hub
+        except Exception as error:  # of many kinds, of several packages
+            raise _refusal(name, revision, error) from None
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Meanwhile, the hub's client says nothing of what it tries again."""
     from huggingface_hub.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield huggingface_hub
-    except Exception as error:  # of many kinds, of several packages
-        raise _refusal(name, revision, error) from None
+        yield
     finally:
         logging.set_verbosity(verbosity)
 

@@ -22,6 +22,7 @@ from qtale_lib.data.benchmarks import (
 )
 from qtale_lib.data.files import Located, Row, read_json_array
 from qtale_lib.errors import UserError
+from qtale_lib.hub import silent
 
 
 def _same(row: Mapping) -> Row:
@@ -175,10 +176,13 @@ def _fetch(name: str, copy: Copy, split: str) -> Any:
     from huggingface_hub import hf_hub_download
 
     try:
-        if copy.file:  # datasets refuses a repository that holds a script, even where it is not to be run
-            kept = hf_hub_download(copy.repository, copy.file, repo_type="dataset", revision=copy.revision)
-            return [row for _, row in read_json_array(Path(kept))]
-        return datasets.load_dataset(copy.repository, copy.config, split=split, revision=copy.revision)
+        with silent():
+            if copy.file:  # datasets refuses a repository that holds a script, even where it is not to be run
+                kept = hf_hub_download(
+                    copy.repository, copy.file, repo_type="dataset", revision=copy.revision
+                )
+                return [row for _, row in read_json_array(Path(kept))]
+            return datasets.load_dataset(copy.repository, copy.config, split=split, revision=copy.revision)
     except Exception as error:  # the client raises many kinds: offline, no such revision, no such split
         raise UserError(
             f"{name}: {copy.repository}, {split}, cannot be had from the hub ({type(error).__name__}); "

@@ -378,7 +378,9 @@ def _router_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _lora_tensors(model: PeftModel) -> dict[str, Tensor]:
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    # of LoRA alone: peft would put a sharded base together for it, which takes every process
+    own = {name: tensor for name, tensor in model.named_parameters() if "lora_" in name}
+    return get_peft_model_state_dict(model, own, save_embedding_layers=False)
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -74,6 +75,9 @@ def finetune(
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=_last_checkpoint(directory))
     seconds = time.monotonic() - started
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the last pass may have left a part whole in one process and not in another
     if not trainer.is_world_process_zero():
         if profile.compute.sharding == "fsdp":
             weights_digest(model)  # its part in that of save_routed

@@ -41,6 +41,7 @@ from qtale_lib.workload import Workload
 
 Status = Literal["ok", "warning", "refusal"]
 NEARLY = 0.85  # of what can be had: an estimate that may be a fifth off
+LONG = 60 * 24 * 3600.0  # seconds of a stage
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ def _stage(profile: Profile, stage: Stage, now: Machine) -> Finding:
     text = f"{time}; peak about {gib(stage.peak)} of {gib(capacity(now))} ({stage.worst})"
     if share > NEARLY:
         return "warning", f"{text}: little room, as estimates may be a fifth off; lower training.batch_size"
+    if (stage.seconds or 0) > LONG:
+        return "warning", f"{text}: longer than anybody waits; use a GPU, fewer tasks, rows or methods"
     return "ok", text
 
 

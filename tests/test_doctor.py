@@ -107,6 +107,8 @@ def test_what_does_not_fit_is_refused_by_how_much_and_what_nearly_does_not_is_wa
     nearly = by_subject(large, big(gpu=(needed * 1.05 + 0.5) / 0.92))["fine-tune"]
     assert nearly.status == "warning" and "little room" in nearly.text
     assert by_subject(large, big())["fine-tune"].status == "ok"
+    slow = by_subject(large, Machine((), 900 * GIB, 900 * GIB, 2))["fine-tune"]
+    assert slow.status == "warning" and "longer than anybody waits" in slow.text
 
 
 def test_a_run_refuses_what_does_not_fit_before_it_fetches_or_computes(places, monkeypatch, small):

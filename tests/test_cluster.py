@@ -361,6 +361,7 @@ sys.exit(3 if profile == "bad" else 0)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_slurm_script_starts_ray_on_every_node_runs_the_profiles_and_ends_all(tmp_path):
     pytest.importorskip("ray", reason=TOLD)
     commands, driver = tmp_path / "bin", tmp_path / "driver.py"

@@ -26,7 +26,7 @@ from qtale_lib import machine, pool
 from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
 from qtale_lib.pool import Outcome, Task, Watcher
-from qtale_lib.preflight import peak_bytes
+from qtale_lib.preflight import gib, peak_bytes
 from qtale_lib.progress import watcher
 from qtale_lib.store import Parcel, locked, read_json, write_json
 
@@ -154,7 +154,7 @@ def room(memory: int, processes: int = 1) -> dict[str, float]:
         most = max((node["Resources"].get("memory", 0.0) for node in _nodes()), default=0.0)
         raise UserError(
             f"No node of the Ray cluster has room for a job, which takes {_told(need)} (the largest node has "
-            f"{most / 2**30:.1f} GiB of memory); add a larger one, set dtype: bfloat16 or choose a smaller "
+            f"{gib(most)} of memory); add a larger one, set dtype: bfloat16 or choose a smaller "
             "base."
         )
     return need
@@ -163,7 +163,7 @@ def room(memory: int, processes: int = 1) -> dict[str, float]:
 def _told(need: dict[str, float]) -> str:
     if "GPU" in need:
         return f"{need['GPU']:.0f} GPUs"
-    return f"{need['CPU']:.0f} cores and {need['memory'] / 2**30:.1f} GiB of memory"
+    return f"{need['CPU']:.0f} cores and {gib(need['memory'])} of memory"
 
 
 def slots(need: dict[str, float]) -> int:

@@ -85,7 +85,7 @@ def flops_per_token(
     """
     parts = {
         "layers": 2 * config.num_hidden_layers * layer_macs(config) * execution_ratio,
-        "routers": 2 * _routed_layers(config, routers) * _router_macs(config, routers),
+        "routers": 2 * routed_layers(config, routers) * _router_macs(config, routers),
         "lm_head": 2 * config.vocab_size * config.hidden_size,
     }
     return {**parts, "total": sum(parts.values())}
@@ -116,7 +116,7 @@ def model_bytes(
         "norms": 16 * (layers * _layer_vector_weights(config) + d),
         "embedding": 16 * vocabulary * d,
         "lm_head": 0 if tied else head,
-        "routers": 32 * _routed_layers(config, routers) * _router_weights(config, routers),
+        "routers": 32 * routed_layers(config, routers) * router_weights(config, routers),
     }
     parts = {name: count / 8 for name, count in parts.items()}
     return {**parts, "total": sum(parts.values())}
@@ -166,19 +166,21 @@ def _group_bits(out: int, width: int, bits: int, group_size: int) -> int:
     return out * (width // group) * (STEP_BITS + bits)
 
 
-def _routed_layers(config: PreTrainedConfig | Shape, routers: RouterConfig | None) -> int:
+def routed_layers(config: PreTrainedConfig | Shape, routers: RouterConfig | None) -> int:
+    """How many layers have a router; none without `routers`."""
     return 0 if routers is None else config.num_hidden_layers - routers.always_run_layers
 
 
-def _router_hidden(config: PreTrainedConfig | Shape, routers: RouterConfig) -> int:
+def router_hidden(config: PreTrainedConfig | Shape, routers: RouterConfig) -> int:
+    """Width between a router's two linear maps."""
     return routers.hidden or max(1, config.hidden_size // 8)
 
 
 def _router_macs(config: PreTrainedConfig | Shape, routers: RouterConfig | None) -> int:
     """Linear(d -> h) and Linear(h -> 2)."""
-    return 0 if routers is None else _router_hidden(config, routers) * (config.hidden_size + 2)
+    return 0 if routers is None else router_hidden(config, routers) * (config.hidden_size + 2)
 
 
-def _router_weights(config: PreTrainedConfig | Shape, routers: RouterConfig | None) -> int:
-    """Both linears with their biases, and the norm between them."""
-    return 0 if routers is None else _router_macs(config, routers) + 2 * _router_hidden(config, routers) + 2
+def router_weights(config: PreTrainedConfig | Shape, routers: RouterConfig | None) -> int:
+    """Weights of one router: both linears with their biases, and the norm between them."""
+    return 0 if routers is None else _router_macs(config, routers) + 2 * router_hidden(config, routers) + 2

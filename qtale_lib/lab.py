@@ -22,6 +22,7 @@ from qtale_lib.config import Profile, load_profile, without_earlier
 from qtale_lib.data import Example, Loaded, data_hash, read_task, subset
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, expected_seconds
+from qtale_lib.memory import BYTES
 from qtale_lib.pool import Outcome, PutOff, Task, run_tasks, worker_slots
 from qtale_lib.preflight import check, check_fit
 from qtale_lib.progress import watcher
@@ -40,7 +41,6 @@ SPLITS_READ = {
 }
 READ_ONLY = "QTALE_READ_ONLY"
 PATIENCE = 1.0  # seconds to wait for another process, before other jobs are looked at
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 SMALL_BYTES = 2**28  # a base below leaves a GPU idle most of the time: several workers share it
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
@@ -326,7 +326,7 @@ class Lab:
 
     def model_bytes(self) -> int:
         """Bytes of the base's parameters in the profile's dtype."""
-        return self.base()["parameters"]["total"] * DTYPE_BYTES[self.profile.dtype]
+        return self.base()["parameters"]["total"] * BYTES[self.profile.dtype]
 
     def task(self, job: Job) -> Task:
         """The job as work for a pool: work(profile, root, job, report)."""

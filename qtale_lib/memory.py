@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qtale_lib import efficiency
 from qtale_lib.efficiency import LLAMA2_7B, Shape, layer_linears, model_bytes
 from qtale_lib.jobs import ROUTED
 
@@ -103,7 +104,7 @@ def _kept_by_gate(shape: Shape, profile: Profile, batch: Batch) -> float:
 def _kept_by_router(shape: Shape, profile: Profile, batch: Batch) -> float:
     """What a router keeps: its input in float32, and four tensors of its hidden width."""
     own = 0 if profile.dtype == "float32" else FLOAT * shape.hidden_size
-    return batch.size * (own + 4 * FLOAT * _hidden(shape, profile))
+    return batch.size * (own + 4 * FLOAT * efficiency.router_hidden(shape, profile.routing))
 
 
 def _working(shape: Shape, profile: Profile, batch: Batch, routed: bool) -> float:
@@ -174,13 +175,9 @@ def lora_weights(shape: Shape, profile: Profile) -> int:
 
 def router_weights(shape: Shape, profile: Profile) -> int:
     """Weights of all routers."""
-    hidden = _hidden(shape, profile)
-    routed = shape.num_hidden_layers - profile.routing.always_run_layers
-    return routed * (hidden * (shape.hidden_size + 4) + 2)
-
-
-def _hidden(shape: Shape, profile: Profile) -> int:
-    return profile.routing.hidden or max(1, shape.hidden_size // 8)
+    return efficiency.routed_layers(shape, profile.routing) * efficiency.router_weights(
+        shape, profile.routing
+    )
 
 
 def _adapted(profile: Profile) -> list[str]:

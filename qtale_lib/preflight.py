@@ -246,7 +246,7 @@ def check_fit(lab: Lab, jobs: Sequence[Job]) -> float:
 
 
 def peak_bytes(lab: Lab, jobs: Sequence[Job], device: str) -> float:
-    """The most that a process on the jobs is estimated to hold, on a "cpu" or of a GPU ("cuda")."""
+    """The most that a process on the jobs is estimated to hold, on a "cpu" or of a "gpu"."""
     return max(stage.peak for stage in _stages(lab, jobs, device)[2])
 
 

@@ -30,6 +30,7 @@ from qtale_lib.generation import Generated, generate
 from qtale_lib.harness import evaluate_own_task
 from qtale_lib.jobs import Job, Run, rules
 from qtale_lib.lab import Lab, Spec, run_spec
+from qtale_lib.preflight import gib
 from qtale_lib.quantization import apply_search, quantize, save_search
 from qtale_lib.quantization.packed_files import RECORD, load_packed
 from qtale_lib.quantization.streaming import apply_search_streamed, quantize_streamed
@@ -131,7 +132,7 @@ def streamed_model(lab: Lab, run: Run, bits: int, tokenizer: PreTrainedTokenizer
         if settings.pop("backend") != "native":
             raise UserError(
                 f"quantization.backend of profile {lab.profile.name} must be native: a base of "
-                f"{lab.model_bytes() / 2**30:.1f} GiB is quantized layer by layer, which autoawq cannot."
+                f"{gib(lab.model_bytes())} is quantized layer by layer, which autoawq cannot."
             )
         report = quantize_streamed(streamed(), directory / PACKED, tokenizer, texts, **settings)
         save_search(report, directory)

@@ -243,12 +243,11 @@ class RoutedTrainer(Trainer):
 
     def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Routes]:
         """Summed CE of a micro-batch and its routes; numbered rows get the noise of their numbers."""
-        tensors = {name: tensor for name, tensor in inputs.items() if name != "example"}
         keys = None
         if "example" in inputs:
             keys = [(self.args.seed, self.state.global_step, row) for row in inputs["example"].tolist()]
         with record_routes(model) as routes, keyed_noise(model, keys):
-            return response_loss(model, **tensors), routes
+            return response_loss(model, **_read(inputs)), routes
 
     def _rated(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The tokens that the routing losses average over, bool [B, T]."""
@@ -269,8 +268,7 @@ class RoutedTrainer(Trainer):
             ce = response_loss(model, **inputs) / counts.response
             terms = {"ce": ce, "total": ce}
         if not self._over_processes(terms["total"].detach()).isfinite():
-            inputs = {name: tensor for name, tensor in inputs.items() if name != "example"}
-            layer = self._first_of_processes(first_non_finite_layer(model, inputs))
+            layer = self._first_of_processes(first_non_finite_layer(model, _read(inputs)))
             raise UserError(describe_divergence(layer, self.state.global_step))
         self._add_up({name: value.detach() for name, value in terms.items() if name != "total"})
         # gradients are averaged over processes, and the terms are parts of a sum
@@ -383,6 +381,11 @@ class RoutedTrainer(Trainer):
             self._sums, self._summed_from = checkpoints.load_sums(Path(checkpoint), self.args.device)
             self._tr_loss = self._sums.pop("loss")
             self._globalstep_last_logged = self._summed_from
+
+
+def _read(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model reads of a batch: all but the rows' own numbers."""
+    return {name: tensor for name, tensor in inputs.items() if name != "example"}
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

@@ -46,6 +46,8 @@ EARLIER = {
     "alpaca": "original",
     "protocol": "likelihood",
     "training.noise": "stream",
+    "quantization.widths": "uniform",
+    "pruning": {"weights": "none", "layers": "none"},
 }
 
 
@@ -175,19 +177,56 @@ class Routing(Section):
 
 
 class Quantization(Section):
-    """Which quantizer, on how many calibration texts; lm_head_bits counts in bytes and weights alike."""
+    """Which quantizer, on how many calibration texts; lm_head_bits counts in bytes and weights alike.
+
+    widths: "uniform", or "mixed": at 3 bits, sensitive layers get 4 and others 3 or 2, 3 in the mean.
+    """
 
     backend: Literal["native", "autoawq"]
-    method: Annotated[Literal["awq", "rtn"], Field(description="awq or, with backend native, rtn")]
+    method: Annotated[
+        Literal["awq", "rtn", "gptq", "magr_gptq"],
+        Field(description="awq or, with backend native, rtn, gptq or magr_gptq"),
+    ]
+    widths: Annotated[
+        Literal["uniform", "mixed"], Field(description="uniform or, with backend native, mixed")
+    ]
     calibration_texts: Count
     lm_head_bits: Bits
 
-    @field_validator("method")
+    @field_validator("method", "widths")
     @classmethod
-    def _known_to_backend(cls, method: str, others: ValidationInfo) -> str:
-        if method != "awq" and others.data.get("backend") == "autoawq":
-            raise ValueError("autoawq has no round-to-nearest")
-        return method
+    def _known_to_backend(cls, value: str, others: ValidationInfo) -> str:
+        if value not in ("awq", "uniform") and others.data.get("backend") == "autoawq":
+            raise ValueError("autoawq has nothing else")
+        return value
+
+
+class Pruning(Section):
+    """Other compression, of models in 16 bits (pruning/): weights by share or n:m, layers by number or by
+    the confidence at which a token leaves.
+    """
+
+    weights: Annotated[
+        str,
+        Field(
+            strict=True,
+            pattern=r"^(none|(magnitude|wanda) (0\.\d+|2:4|4:8))$",
+            description="none, or magnitude or wanda with a share or pattern, such as wanda 0.5 or wanda 2:4",
+        ),
+    ]
+    layers: Annotated[
+        str,
+        Field(
+            strict=True,
+            pattern=r"^(none|(block_influence|sleb) [1-9]\d*|early_exit 0\.\d*[1-9]\d*)$",
+            description="none, block_influence or sleb with a number of layers, or early_exit with a "
+            "confidence, such as sleb 3 or early_exit 0.9",
+        ),
+    ]
+
+    def is_none(self) -> bool:
+        """Whether nothing is pruned."""
+        return self.weights == self.layers == "none"
 
 
 class Search(Section):
@@ -278,6 +317,7 @@ class Profile(Section):
     lora: Lora
     routing: Routing
     quantization: Quantization
+    pruning: Pruning
     calibration: Search
     probes: Probes
 

@@ -118,7 +118,10 @@ class Lab:
         names += QUANTIZING if spec["bits"] < 16 else ()
         names += ["calibration"] if kind == "threshold" else []
         names += ["protocol"] if kind == "evaluation" and spec["task"] != "alpaca" else []
-        return without_earlier({name: everything[name] for name in names})
+        kept = without_earlier({name: everything[name] for name in (*names, "pruning")})
+        if "pruning" in kept:
+            kept["calibration_texts"] = self.profile.quantization.calibration_texts
+        return kept
 
     def made_from(self, kind: str, spec: Spec) -> dict[str, Any] | None:
         """Hashes of what a result is made from; None while something that it builds on is missing."""
@@ -131,6 +134,8 @@ class Lab:
         sources = {"adapter": trained["value"]["adapter_sha256"], "base": self.base()["sha256"]}
         if spec["bits"] < 16:
             sources["quantization_texts"] = self._data_hash(task, "train")
+        if not self.profile.pruning.is_none():
+            sources["pruning_texts"] = self._data_hash(task, "train")
         if kind == "threshold":
             sources["calibration"] = self._data_hash(task, "calibration")
         if kind == "evaluation":

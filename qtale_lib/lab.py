@@ -71,6 +71,12 @@ class Lab:
         self._found: dict[tuple[str, str, str], dict[str, Any]] = {}
         self._data_hash = functools.cache(lambda task, split: data_hash(self.examples(task, split)))
 
+    def reading_with(self, other: Lab) -> Lab:
+        """Self; examples are read once for both, if the other lab has the same ones."""
+        if _what_is_read(self.profile) == _what_is_read(other.profile):
+            self._loaded, self._data_hash = other._loaded, other._data_hash
+        return self
+
     # What results are made from.
 
     @functools.cached_property
@@ -169,6 +175,8 @@ class Lab:
 
     def find(self, kind: str, **spec: Any) -> dict[str, Any] | None:
         """A result's whole JSON, or None if it is missing."""
+        if not self.store.holds(kind):  # without a look at the data, which may take a minute to make
+            return None
         address = self.address(kind, spec)
         if address is None or address in self._found:
             return self._found.get(address)
@@ -368,6 +376,12 @@ def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], N
         from qtale_lib import stages  # torch is loaded in the workers only
 
         stages.perform(lab, job, report)
+
+
+def _what_is_read(profile: Profile) -> list[Any]:
+    """The settings on which a profile's examples depend."""
+    names = ("data", "data_dir", "alpaca", "limit", "evaluated")
+    return [*(getattr(profile, name) for name in names), profile.calibration.questions]
 
 
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:

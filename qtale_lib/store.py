@@ -152,6 +152,10 @@ class Store:
         """Where a result's JSON lies, whether or not it is there."""
         return self.root / kind / f"{name}-{key}.json"
 
+    def holds(self, kind: str) -> bool:
+        """Whether a result of this kind was ever begun."""
+        return (self.root / kind).is_dir()
+
     def files(self, kind: str, name: str, key: str) -> Path:
         """Where a result's files lie."""
         return self.root / kind / f"{name}-{key}"

@@ -39,7 +39,7 @@ def contrast_runs(store: Measurements, contrast: Contrast, group: str, measure: 
         cells = {(task, method, seed, bits, rule): w for (method, bits, rule), w in contrast.items()}
         if all(cell in store.answers for cell in cells):
             answers = [store.answers[cell] for cell in cells]
-            gain = partial(_gain, task, seed, answers, list(cells.values()))
+            gain = partial(gain_of, task, seed, answers, list(cells.values()))
             runs.append(gain() if measure == "score" else _ratio(store, cells, measure))
     return [run for run in runs if run is not None]
 
@@ -66,7 +66,7 @@ def gain_at_equal_ratio(task: str, seed: int, plus: Sequence[Answers], minus: Se
     weights = equal_ratio_weights(*ratios)
     if weights is None:
         return Run(task, seed, nan)
-    gain = _gain(task, seed, [*plus, *minus], np.concatenate([weights[0], -weights[1]]))
+    gain = gain_of(task, seed, [*plus, *minus], np.concatenate([weights[0], -weights[1]]))
     return replace(gain, ratios=common_ratios(*ratios))
 
 
@@ -108,7 +108,7 @@ def _mean_weights(ratios: np.ndarray, at: np.ndarray) -> np.ndarray:
     return weights
 
 
-def _gain(task: str, seed: int, answers: Sequence[Answers], weights: Sequence[float]) -> Run:
+def gain_of(task: str, seed: int, answers: Sequence[Answers], weights: Sequence[float]) -> Run:
     """A weighted sum of scores of one task and seed, on the same questions."""
     shares = [answer.scores * answer.weights / answer.weights.mean() for answer in answers]
     gains = gain_sign(group_of(task)) * np.dot(list(weights), shares)

@@ -97,7 +97,7 @@ def needs(profile: Profile, notebook: str) -> list[Job]:
     number = notebook[:2]
     everything = runs(profile)
     routed = [run for run in everything if run.routed]
-    if number in ("01", "08", "10", "11", "14"):  # 08 and 10 show studies (studies.py)
+    if number in ("01", "08", "09", "10", "11", "14"):  # 08 to 10 show studies (studies.py)
         return []
     if number in ("02", "03", "04"):  # their verdicts rest on every CSQA task, not on those drawn alone
         judged = [task for task in CSQA if task in profile.tasks] or profile.tasks

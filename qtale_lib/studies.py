@@ -16,24 +16,24 @@ from pydantic import Field
 
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, all_jobs, expected_seconds
-from qtale_lib.lab import Lab
+from qtale_lib.lab import Lab, run_spec
 from qtale_lib.measurements import Measurements
 from qtale_lib.pool import Outcome
 from qtale_lib.profile_files import read_profile, sets
 from qtale_lib.provenance import ROOT
-from qtale_lib.store import digest
+from qtale_lib.store import Store, digest
 from qtale_lib.sweep import RECIPE, Setting, Sweep, settings
 from qtale_lib.tables import Table, save
 
 SHIPPED = RECIPE.parent
-NAMES = {"08": "execution_ratio", "10": "sensitivity"}  # of the shipped ones, by notebook
+NAMES = {"08": "execution_ratio", "09": "quantizers", "10": "sensitivity"}  # of the shipped ones, by notebook
 SMALL = 300.0  # core-seconds: a study that takes no longer is computed along with its notebook
 
 
 class Plan(Sweep):
     """A study's YAML: a sweep, and the notebook that shows it."""
 
-    notebook: Annotated[str, Field(pattern="^(08|10)$", description="08 or 10, in quotes")]
+    notebook: Annotated[str, Field(pattern="^(08|09|10)$", description="08, 09 or 10, in quotes")]
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,19 @@ class Study:
             for lab in self.labs
         ]
 
+    def borrow(self) -> None:
+        """Take from the store of the profile that the study extends what fine-tunings it has of the study's:
+        those of equal keys.
+        """
+        there = Store(self.labs[0].directory.parent / Path(self.plan.extends).stem / "store")
+        for lab, run in {(lab, job.run) for lab, wanted in self.jobs() for job in wanted}:
+            parcel = there.parcel(*lab.address("finetune", run_spec(run)))
+            if parcel and parcel.files:  # without weights, as from an archive, it is of no use
+                lab.store.take(parcel)
+
     def compute(self) -> list[Outcome]:
         """Compute what is missing; failures are among the outcomes."""
+        self.borrow()
         return [outcome for lab, wanted in self.jobs() for outcome in lab.compute(wanted)]
 
     def missing(self) -> list[tuple[Lab, Job]]:

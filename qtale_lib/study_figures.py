@@ -1,4 +1,4 @@
-"""Figures of the studies (notebooks 08 and 10), drawn from tidy frames as figures.py draws the paper's."""
+"""Figures of the studies (notebooks 08 to 10), drawn from tidy frames as figures.py draws the paper's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qtale_lib.execution_ratio import ALL, CURVES
-from qtale_lib.figures import BLACK, BLUE, CROSS, DOT, PAGE, RED, SQUARE, canvas, empty
-from qtale_lib.paper import TASK_LABELS
+from qtale_lib.figures import BLACK, BLUE, CROSS, DOT, GREEN, ORANGE, PAGE, RED, SKY, SQUARE, canvas, empty
+from qtale_lib.paper import METHODS, TASK_LABELS
+from qtale_lib.quantizers import FEWER, LAYERS, QUANTIZER
 
 LOOKS = {
     "qtale": {"color": BLUE, "linestyle": "--", **SQUARE, "markersize": 3.6},
@@ -57,3 +58,75 @@ def _panel(axis: Axes, frame: pd.DataFrame) -> None:
     axis.plot(
         100 * best.flops, best.accuracy, "o", color="0.5", markersize=7, mfc="none", markeredgewidth=0.6
     )
+
+
+ARMS = (  # by their place among the quantizers of a study
+    {"color": BLACK, "linestyle": "-", **DOT},
+    {"color": RED, "linestyle": "--", **CROSS, "markersize": 4.2},
+    {"color": BLUE, "linestyle": "-.", **SQUARE, "markersize": 3.6},
+    {"color": GREEN, "linestyle": ":", **DOT},
+    {"color": ORANGE, "linestyle": "none", **SQUARE},
+    {"color": SKY, "linestyle": "-", **CROSS},
+)
+
+
+def compression(frame: pd.DataFrame) -> Figure:
+    """Accuracy by bits, a panel per method and a line per quantizer; and by R, of routed methods and of Full
+    with fewer layers, all in 16 bits.
+
+    `frame`: quantizers.frame.
+    """
+    if frame.empty:
+        return empty("not computed")
+    methods = list(dict.fromkeys(frame.method))
+    quantized = frame[(frame.kind == QUANTIZER) & (frame.bits < 16)]
+    arms, whole = list(dict.fromkeys(quantized.arm)), frame[(frame.kind == QUANTIZER) & (frame.bits == 16)]
+    columns = len(methods) + 1
+    figure, axes = canvas(PAGE, 2.3, 1, columns, sharey=True)
+    for axis, method in zip(axes[0], methods, strict=False):
+        for arm, look in zip(arms, _looks(len(arms)), strict=True):
+            part = quantized[(quantized.arm == arm) & (quantized.method == method)]
+            _bars(axis, part.assign(x=part.bits), look, arm)
+        usual = whole[whole.method == method]
+        axis.axhline(usual.accuracy.iloc[0] if len(usual) else float("nan"), color="0.6", linewidth=0.6)
+        axis.set(title=METHODS[method], xlabel="bits", xticks=sorted(set(quantized.bits)))
+        axis.margins(x=0.15)
+    _by_ratio(axes[0, -1], frame, whole)
+    axes[0, 0].set_ylabel("accuracy (%)")
+    axes[0, 0].plot([], [], color="0.6", linewidth=0.6, label="16 bits")
+    axes[0, 0].errorbar([], [], yerr=[], color="0.5", linewidth=0.6, label=BARS)
+    (left, right) = (axis.get_legend_handles_labels() for axis in axes[0, [0, -1]])
+    figure.legend(left[0] + right[0], left[1] + right[1], loc="outside upper center", ncols=4)
+    return figure
+
+
+def _looks(count: int) -> list[dict]:
+    return [ARMS[place % len(ARMS)] for place in range(count)]
+
+
+def _by_ratio(axis: Axes, frame: pd.DataFrame, whole: pd.DataFrame) -> None:
+    """Full with fewer layers along each family, and every method as it is."""
+    for (family, words), look in zip(FEWER.items(), ARMS, strict=False):
+        own = frame[(frame.kind == LAYERS) & frame.arm.str.startswith(family)]
+        full = whole[whole.method == "full"] if len(own) else own
+        part = pd.concat([own, full]).sort_values("R")
+        _bars(
+            axis, part.assign(x=100 * part.R), {**look, "color": "0.45", "linewidth": 0.8}, f"Full, {words}"
+        )
+    for row in whole.itertuples():
+        axis.annotate(METHODS[row.method], (100 * row.R, row.accuracy), (3, 4), textcoords="offset points")
+    routed = whole[whole.method != "full"]
+    _bars(
+        axis, routed.assign(x=100 * routed.R), {"color": RED, "linestyle": "none", **DOT}, "routed, 16 bits"
+    )
+    axis.set(title="equal R", xlabel="executed layers (%)")
+    axis.margins(x=0.2)
+
+
+def _bars(axis: Axes, part: pd.DataFrame, look: dict, label: str) -> None:
+    if part.empty:
+        return
+    part = part.sort_values("x")
+    axis.plot(part.x, part.accuracy, label=label, **{"linewidth": 0.8, **look})
+    errors = [part.accuracy - part.low, part.high - part.accuracy]
+    axis.errorbar(part.x, part.accuracy, yerr=errors, fmt="none", color=look["color"], linewidth=0.5)

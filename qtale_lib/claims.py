@@ -279,6 +279,11 @@ def judged(store: Any, claims: Sequence[Claim]) -> pd.DataFrame:
     return pd.DataFrame([rows[claim.id] for claim in claims])
 
 
+def joined(*frames: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts of several stores, one after the other."""
+    return pd.DataFrame([row for frame in frames for row in frame.to_dict("records")])
+
+
 PLANNED = ("id", "measured", "on", "tasks", "seeds", "questions", "effect", "spread", "sampling", "needed")
 
 

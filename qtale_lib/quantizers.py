@@ -101,7 +101,7 @@ def _row(study: Study, arm: Arm, method: str, bits: int) -> Iterator[dict[str, A
     if not found:
         return
     level = estimate([Run(task, seed, a.mean, a.scores, a.shared) for task, seed, a in found])
-    change = estimate(contrast_runs(study, {here: 1.0, whole: -1.0}))
+    change = None if here == whole else estimate(contrast_runs(study, {here: 1.0, whole: -1.0}))
     yield {
         "kind": arm.kind, "arm": arm.name, "bits": bits, "method": method, "rule": rule,
         "accuracy": level.effect, "low": level.low, "high": level.high,

@@ -86,7 +86,7 @@ class Study:
         """Take from the store of the profile that the study extends what fine-tunings it has of the study's:
         those of equal keys.
         """
-        there = Store(self.labs[0].directory.parent / Path(self.plan.extends).stem / "store")
+        there = Store(self.labs[0].directory.parent / Path(self.plan.extends or "").stem / "store")
         for lab, run in {(lab, job.run) for lab, wanted in self.jobs() for job in wanted}:
             parcel = there.parcel(*lab.address("finetune", run_spec(run)))
             if parcel and parcel.files:  # without weights, as from an archive, it is of no use

@@ -72,7 +72,7 @@ def robust(profile: Any, method: str, bits: int) -> float:
 def test_every_arm_stands_there_with_its_widths_and_methods():
     found = quantizers.frame(study(flat, questions=40, tasks=["boolq", "arc_easy"], seeds=1))
     assert not found.duplicated(["arm", "bits", "method"]).any()
-    assert len(found) == 3 + 3 * (4 * 3 + 1 + 4) + 14
+    assert len(found) == 3 + 3 * (4 * 3 + 1 + 4) + 17
     whole = found[found.arm == "16 bits"]
     assert whole.change.isna().all() and whole["bytes"].isna().all()
     assert set(found[found.kind == "layers"].method) == {"full"}

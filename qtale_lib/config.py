@@ -46,6 +46,7 @@ EARLIER = {
     "alpaca": "original",
     "protocol": "likelihood",
     "training.noise": "stream",
+    "calibration.objective": "accuracy",
 }
 
 
@@ -191,7 +192,11 @@ class Quantization(Section):
 
 
 class Search(Section):
-    """The two-phase θ search (Sec. 3.4): steps of both sweeps, tolerance of the score, questions."""
+    """The two-phase θ search (Sec. 3.4): steps of both sweeps, tolerance of the score, questions.
+
+    objective: what is scored where there are choices: "accuracy", or "likelihood" (of the right choice among
+        all, as a PPL).
+    """
 
     coarse_step: Annotated[
         float, Field(strict=True, gt=0, le=0.5, description="a number above 0 and at most 0.5")
@@ -201,6 +206,7 @@ class Search(Section):
     ]
     tolerance: NotNegative
     questions: Count
+    objective: Literal["accuracy", "likelihood"]
 
     @field_validator("fine_step")
     @classmethod

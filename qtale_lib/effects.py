@@ -70,6 +70,11 @@ def gain_at_equal_ratio(task: str, seed: int, plus: Sequence[Answers], minus: Se
     return replace(gain, ratios=common_ratios(*ratios))
 
 
+def gain_between(task: str, seed: int, plus: Answers, minus: Answers) -> Run:
+    """One evaluation minus another of the same questions, which need not be of one store."""
+    return _gain(task, seed, [plus, minus], [1.0, -1.0])
+
+
 def _trials(store: Measurements, group: str) -> list[tuple[str, int]]:
     tasks = [task for task in store.profile.tasks if group_of(task) == group]
     return [(task, seed) for task in tasks for seed in store.profile.seeds]

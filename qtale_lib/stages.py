@@ -219,6 +219,7 @@ def find_threshold(
         coarse_step=steps.coarse_step,
         fine_step=steps.fine_step,
         tolerance=steps.tolerance,
+        objective=steps.objective,
         **fitting(lab),
     )
     settings = fitting(lab)

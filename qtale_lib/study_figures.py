@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from qtale_lib.execution_ratio import ALL, CURVES
 from qtale_lib.figures import BLACK, BLUE, CROSS, DOT, PAGE, RED, SQUARE, canvas, empty
-from qtale_lib.paper import TASK_LABELS
+from qtale_lib.paper import METHODS, TASK_LABELS
+from qtale_lib.sensitivity import label
 
 LOOKS = {
     "qtale": {"color": BLUE, "linestyle": "--", **SQUARE, "markersize": 3.6},
@@ -57,3 +58,41 @@ def _panel(axis: Axes, frame: pd.DataFrame) -> None:
     axis.plot(
         100 * best.flops, best.accuracy, "o", color="0.5", markersize=7, mfc="none", markeredgewidth=0.6
     )
+
+
+# Sensitivity.
+
+
+def factor(frame: pd.DataFrame, name: str) -> Figure:
+    """What one setting does: points of accuracy against its default, left, and R, right, by value.
+
+    `frame`: sensitivity.effects. Filled marks are 16 bits, open ones fewer; the default is marked below.
+    """
+    part = frame[frame.factor == name]
+    if part.empty:
+        return empty("not computed")
+    values = list(dict.fromkeys(part.value))
+    figure, axes = canvas(PAGE, 1.9, 1, 2)
+    gains, ratios = axes[0]
+    cells = list(part[["method", "bits"]].drop_duplicates().itertuples(index=False))
+    for place, (method, bits) in enumerate(cells):
+        own = part[(part.method == method) & (part.bits == bits)]
+        x = own.value.map(values.index) + 0.12 * (place - (len(cells) - 1) / 2)
+        look = {**LOOKS[method], "linestyle": "-" if bits == 16 else ":", "linewidth": 0.8}
+        look |= {"markerfacecolor": look["color"] if bits == 16 else "none"}
+        errors = [own.effect - own.low, own.high - own.effect]
+        gains.errorbar(
+            x, own.effect, yerr=errors, label=f"{METHODS[method]}, {bits} bits", **look, elinewidth=0.6
+        )
+        ratios.plot(x, 100 * own.R, **look)
+    default = part[part.default].value.iloc[0]
+    ticks = [f"{value}\n(default)" if value == default else value for value in values]
+    for axis in (gains, ratios):
+        axis.set(
+            xticks=range(len(values)), xticklabels=ticks, xlabel=label(name), xlim=(-0.5, len(values) - 0.5)
+        )
+    gains.axhline(0, color="0.6", linewidth=0.6, zorder=0)
+    gains.set_ylabel("gain on the default (points)")
+    ratios.set_ylabel("execution ratio (%)")
+    figure.legend(*gains.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure

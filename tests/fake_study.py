@@ -24,7 +24,7 @@ class SettingLab(FakeLab):
         value = super().made_up(task, method, seed, bits, rule)
         ratio = value["execution_ratio"] + self.real.training.rate_target - 0.5
         score = 60 + 20 * ratio + self.gain.get(method, lambda profile, bits: 0.0)(self.real, bits)
-        score += self.noise("run", task, method, seed, self.real.training.rate_target).normal(0, 0.2)
+        score += self.noise("run", task, method, seed, bits, self.real.model_dump_json()).normal(0, 0.2)
         return {**value, "execution_ratio": min(ratio, 1.0), **self.choices(task, score)}
 
 

@@ -27,6 +27,7 @@ NAMES = [
     "06_table_3_efficiency",
     "07_table_4_ablation",
     "08_execution_ratio",
+    "10_sensitivity",
     "11_latency_and_memory",
     "14_paper_arithmetic",
 ]
@@ -98,7 +99,11 @@ def test_it_ends_with_its_claims_and_the_setting_comes_first(path):
     shown = [source for source in sources if not is_set_up(source)]
     assert "results.setting(store)" in shown[0]
     ends = {"00": "claim_tables.verdict_table(verdicts", "11": "benchmark_report.target_table("}
-    ends |= {"08": "claims.judged(study", "14": "paper_arithmetic.check_table("}
+    ends |= {
+        "08": "claims.judged(study",
+        "10": "sensitivity.verdicts(study)",
+        "14": "paper_arithmetic.check_table(",
+    }
     verdicts = ends.get(path.stem[:2], "claims.verdicts(store")
     assert any(verdicts in source for source in sources[-2:])
     assert any("beside_reference" in source for source in sources)
@@ -150,7 +155,10 @@ def test_every_cell_runs_on_any_part_of_a_profile(path, part, tmp_path, monkeypa
     written = {
         file.name for folder in (lab.figures, lab.tables) if folder.exists() for file in folder.iterdir()
     }
-    assert any(re.match(r"((figures?|tables?)_\d|bench_|paper_|execution_ratio_)", name) for name in written)
+    assert any(
+        re.match(r"((figures?|tables?)_\d|bench_|paper_|execution_ratio_|sensitivity_)", name)
+        for name in written
+    )
     for name in written:
         assert {f"{Path(name).stem}.csv"} <= written
 

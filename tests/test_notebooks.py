@@ -12,7 +12,11 @@ import pytest
 from fake_bench import made_up, stopped
 from fake_lab import FakeLab
 
-from qtale_lib import benchmark_report, claims
+from qtale_lib import (
+    benchmark_report,
+    claims,
+    studies,  # noqa: F401 (imported before Lab is replaced: studies keep labs of their own)
+)
 from qtale_lib.store import write_json
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -137,6 +141,7 @@ def fake_lab(folder: Path, **parts) -> FakeLab:
 
 def run_cells(path: Path, lab: FakeLab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cells in order, in one namespace, with a made-up lab in place of the profile's."""
+    monkeypatch.setenv("QTALE_RESULTS_DIR", str(lab.directory / "results"))
     monkeypatch.setattr("qtale_lib.lab.Lab", lambda profile: lab)
     monkeypatch.chdir(FOLDER)
     monkeypatch.syspath_prepend(".")

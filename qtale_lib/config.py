@@ -46,6 +46,7 @@ EARLIER = {
     "alpaca": "original",
     "protocol": "likelihood",
     "training.noise": "stream",
+    "theta_aims": [],
     "calibration.objective": "accuracy",
 }
 
@@ -85,6 +86,7 @@ NotNegative = Annotated[
 ]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1, description="a number of at least 0 and below 1")]
 Theta = Annotated[float, Field(strict=True, gt=0, lt=1)]
+Aim = Annotated[str, Field(strict=True, pattern=r"^(ratio|flops) (0\.\d+|1)( by layer)?$")]
 Text = Annotated[
     str, Field(strict=True, min_length=1, description="a text (in quotes if it reads as a number)")
 ]
@@ -231,6 +233,8 @@ class Profile(Section):
     alpaca: the "original" 52,002 rows, or the community's "cleaned" ones; the embedded world has one set.
     group_size: weights that share a quantization scale; -1 for one group per row.
     theta_sweep: further θ at which every routed model is evaluated, at every bit width; usually none.
+    theta_aims: further rules for θ that aim at a cost: "ratio 0.6" (of execution), "flops 0.7" (of Full's,
+        routers included), each also "… by layer", with a θ for each layer.
     max_steps: optimizer steps of a fine-tuning, in place of what `epochs` come to; None leaves it to them.
     protocol: how choices are scored: likelihood of the answers after `prompt`, or by lm-eval's own tasks.
     evaluated: the split that is measured, up to `limit.test`: "validation" while settings are being chosen.
@@ -270,6 +274,11 @@ class Profile(Section):
         tuple[Theta, ...],
         AfterValidator(_distinct),
         Field(description="a list of numbers above 0 and below 1, none twice; [] for no sweep"),
+    ]
+    theta_aims: Annotated[
+        tuple[Aim, ...],
+        AfterValidator(_distinct),
+        Field(description="a list of rules such as ratio 0.6 or flops 0.7 by layer, none twice"),
     ]
     max_steps: CountOrNull
     evaluated: Literal["test", "validation"]

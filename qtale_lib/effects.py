@@ -84,7 +84,7 @@ def _curve(store: Measurements, task: str, method: str, seed: int, bits: int) ->
     """The evaluated cells along θ, but for the searched one, which lies at another place in every run, and
     for θ → 0, whose R of 1 lies far from all others.
     """
-    rules = [rule for rule in jobs.rules(store.profile, method) if rule not in ("searched", "zero")]
+    rules = [r for r in jobs.rules(store.profile, method) if r != "zero" and not jobs.is_found(r)]
     cells = [(task, method, seed, bits, rule) for rule in rules]
     return [cell for cell in cells if cell in store.answers]
 

@@ -7,7 +7,7 @@ questions. θ is 0.5 in 16 bits and the searched one below, for both methods.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf, nan
 from typing import Any
 
@@ -24,9 +24,8 @@ from qtale_lib.studies import Study
 from qtale_lib.sweep import Setting
 from qtale_lib.tables import Table, number
 
-COST = (
-    "training.rate_target"  # buys accuracy for FLOPs: its values are compared in notebook 08, at equal FLOPs
-)
+AIMS = "theta_aims"  # rules for θ beside the search; theirs is another question (theta_aims.py)
+COST = "training.rate_target"  # buys accuracy for FLOPs: notebook 08 compares its values, at equal FLOPs
 EFFECTS = ("factor", "value", "default", "method", "bits", "R", "loss_R", "R_change",
            "effect", "low", "high", "tasks", "seeds")  # fmt: skip
 LABELS = {
@@ -48,6 +47,11 @@ def label(factor: str) -> str:
     return LABELS.get(factor, factor)
 
 
+def questions(study: Study) -> list[str]:
+    """The factors whose values stand against a default."""
+    return [factor for factor in study.plan.factors if factor != AIMS]
+
+
 def rule_at(bits: int) -> str:
     """How θ is set at a bit width."""
     return "argmax" if bits == 16 else "searched"
@@ -61,7 +65,7 @@ def effects(study: Study) -> pd.DataFrame:
     no interval, for the default itself); R and loss_R: means over tasks and seeds; R_change against it.
     """
     rows = []
-    for factor in study.plan.factors:
+    for factor in questions(study):
         varied = [(s, store) for s, store in study.measured if s.factor == factor]
         for setting, store in [(None, study.own), *varied]:
             profile = varied[0][1].profile if setting is None else store.profile
@@ -128,11 +132,11 @@ def _place(value: str) -> tuple[float, str]:
 
 
 def claims_of(study: Study) -> list[Claim]:
-    """One per value tried, but for those of COST: at the fewest bits, mean over the methods that have it."""
+    """One per value tried, but for COST and AIMS: at the fewest bits, mean over the methods that have it."""
     return [
         _claim(study, setting, store)
         for setting, store in study.measured
-        if setting.factor and setting.factor != COST
+        if setting.factor not in (None, COST, AIMS)
     ]
 
 
@@ -173,18 +177,18 @@ def _mean(gains: list[Run]) -> Run:
     return Run(gains[0].task, gains[0].seed, float(differences.mean()), differences, gains[0].shared)
 
 
-def verdicts(study: Study) -> pd.DataFrame:
-    """One row per claim of claims_of, judged as one family."""
-    return judged(study, claims_of(study))
+def verdicts(study: Study, others: Sequence[Claim] = ()) -> pd.DataFrame:
+    """One row per claim of claims_of, and of the family's others, judged as one family."""
+    return judged(study, [*claims_of(study), *others])
 
 
 # Tables.
 
 
 def defaults_table(study: Study, found: pd.DataFrame) -> Table:
-    """Which defaults the verdicts justify: a row per factor; `found`: verdicts."""
-    tried = [setting for setting, _ in study.measured if setting.factor and setting.factor != COST]
-    frame = found.assign(
+    """Which defaults the verdicts justify: a row per factor; `found`: verdicts, claims_of's first."""
+    tried = [setting for setting, _ in study.measured if setting.factor not in (None, COST, AIMS)]
+    frame = found.head(len(tried)).assign(
         factor=[setting.factor for setting in tried],
         value=[_value(setting.profile, setting.factor) for setting in tried],
     )

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qtale_lib.execution_ratio import ALL, CURVES
-from qtale_lib.figures import BLACK, BLUE, CROSS, DOT, PAGE, RED, SQUARE, canvas, empty
+from qtale_lib.figures import BLACK, BLUE, COLUMN, CROSS, DOT, PAGE, RED, SQUARE, canvas, empty
 from qtale_lib.paper import METHODS, TASK_LABELS
 from qtale_lib.sensitivity import label
 
@@ -95,4 +95,32 @@ def factor(frame: pd.DataFrame, name: str) -> Figure:
     gains.set_ylabel("gain on the default (points)")
     ratios.set_ylabel("execution ratio (%)")
     figure.legend(*gains.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def aims(frame: pd.DataFrame) -> Figure:
+    """Accuracy by R, a mark a rule for θ; a line leads from the R that a rule aims at, below, to its mark.
+
+    `frame`: theta_aims.frame, of which the fewest bits are drawn.
+    """
+    if frame.empty:
+        return empty("not computed")
+    figure, axes = canvas(COLUMN, 3.0)
+    axis, part = axes[0, 0], frame[frame.bits == frame.bits.min()]
+    markers = dict(zip(dict.fromkeys(part.rule), "o^sDvx*", strict=False))
+    for row in part.itertuples():
+        colour = LOOKS[row.method]["color"]
+        bars = [[row.accuracy - row.low], [row.high - row.accuracy]]
+        axis.errorbar(100 * row.R, row.accuracy, yerr=bars, color=colour, elinewidth=0.6,
+                      marker=markers[row.rule], markersize=4.5, markerfacecolor="none")  # fmt: skip
+        if pd.notna(row.aimed):
+            axis.plot(
+                [100 * row.aimed, 100 * row.R], [row.low, row.accuracy], ":", color=colour, linewidth=0.6
+            )
+    for rule, marker in markers.items():
+        axis.plot([], [], marker, color="0.3", markerfacecolor="none", markersize=4.5, label=rule)
+    for method in dict.fromkeys(part.method):
+        axis.plot([], [], color=LOOKS[method]["color"], label=METHODS[method])
+    axis.set(xlabel="execution ratio (%)", ylabel=f"accuracy, {part.bits.min()} bits (%)")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure

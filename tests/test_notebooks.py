@@ -105,7 +105,7 @@ def test_it_ends_with_its_claims_and_the_setting_comes_first(path):
     ends = {"00": "claim_tables.verdict_table(verdicts", "11": "benchmark_report.target_table("}
     ends |= {
         "08": "claims.judged(study",
-        "10": "sensitivity.verdicts(study)",
+        "10": "sensitivity.verdicts(study",
         "14": "paper_arithmetic.check_table(",
     }
     verdicts = ends.get(path.stem[:2], "claims.verdicts(store")

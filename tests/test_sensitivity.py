@@ -5,8 +5,8 @@ from __future__ import annotations
 import fake_study
 import pytest
 
-from qtale_lib import sensitivity, study_figures
-from qtale_lib.statistics import NOT_RUN, SHOWN
+from qtale_lib import sensitivity, study_figures, theta_aims
+from qtale_lib.statistics import NOT_RUN, NOT_SHOWN, SHOWN
 from qtale_lib.studies import SHIPPED, Study
 
 YAML = SHIPPED / "sensitivity.yaml"
@@ -36,7 +36,7 @@ def test_effects_are_those_that_are_there(study):
 
 def test_each_factor_shows_its_default_and_what_was_varied_with_it(study):
     found = sensitivity.effects(study)
-    assert list(dict.fromkeys(found.factor)) == list(study.plan.factors)
+    assert list(dict.fromkeys(found.factor)) == sensitivity.questions(study)
     for factor, part in found.groupby("factor"):
         assert part[part.default].value.nunique() == 1 and (part[part.default].effect == 0).all()
         assert part.value.nunique() == len(study.plan.factors[factor]) + 1
@@ -60,7 +60,7 @@ def test_a_default_is_justified_beaten_or_open(study):
 
 def test_every_question_has_its_picture(study):
     found = sensitivity.effects(study)
-    for factor in study.plan.factors:
+    for factor in sensitivity.questions(study):
         drawn = study_figures.factor(found, factor)
         assert [axis.get_xlabel() for axis in drawn.axes] == [sensitivity.label(factor)] * 2
         ticks = [text.get_text() for text in drawn.axes[0].get_xticklabels()]
@@ -73,3 +73,19 @@ def test_without_results_nothing_is_claimed(tmp_path):
     judged = sensitivity.verdicts(study)
     assert sensitivity.effects(study).empty and set(judged.verdict) == {NOT_RUN}
     assert sensitivity.defaults_table(study, judged).frame.empty
+
+
+def test_rules_without_a_grid_run_what_they_aim_at_or_not(study, monkeypatch):
+    """In made-up results an aim's R is 0.9: so much does each aim at but one, which aims at 0.6."""
+    aims = {"ratio 0.6": 0.6, "ratio 0.6 by layer": 0.9, "flops 0.7": 0.9}
+    monkeypatch.setattr(theta_aims, "aimed", lambda store, rule, *_: aims.get(rule, float("nan")))
+    found = theta_aims.frame(study).set_index(["rule", "method"])
+    assert found.loc[("ratio 0.6", "qtale"), "off"] == pytest.approx(30, abs=1)
+    assert found.loc["flops 0.7"].off.abs().max() < 1 and found.loc["searched"].aimed.isna().all()
+    every = sensitivity.verdicts(study, theta_aims.claims_of(study))
+    judged = every.set_index("id").verdict
+    assert [judged[f"S θ by {rule}"] for rule in aims] == [NOT_SHOWN, SHOWN, SHOWN]
+    table = sensitivity.defaults_table(study, every)
+    assert "theta_aims" not in set(table.frame.factor)
+    assert len(theta_aims.table(study).text) == 5 * 2
+    assert len(study_figures.aims(theta_aims.frame(study)).axes) == 1

@@ -48,6 +48,8 @@ EARLIER = {
     "training.noise": "stream",
     "quantization.widths": "uniform",
     "pruning": {"weights": "none", "layers": "none"},
+    "theta_aims": [],
+    "calibration.objective": "accuracy",
 }
 
 
@@ -86,6 +88,7 @@ NotNegative = Annotated[
 ]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1, description="a number of at least 0 and below 1")]
 Theta = Annotated[float, Field(strict=True, gt=0, lt=1)]
+Aim = Annotated[str, Field(strict=True, pattern=r"^(ratio|flops) (0\.\d+|1)( by layer)?$")]
 Text = Annotated[
     str, Field(strict=True, min_length=1, description="a text (in quotes if it reads as a number)")
 ]
@@ -230,7 +233,11 @@ class Pruning(Section):
 
 
 class Search(Section):
-    """The two-phase θ search (Sec. 3.4): steps of both sweeps, tolerance of the score, questions."""
+    """The two-phase θ search (Sec. 3.4): steps of both sweeps, tolerance of the score, questions.
+
+    objective: what is scored where there are choices: "accuracy", or "likelihood" (of the right choice among
+        all, as a PPL).
+    """
 
     coarse_step: Annotated[
         float, Field(strict=True, gt=0, le=0.5, description="a number above 0 and at most 0.5")
@@ -240,6 +247,7 @@ class Search(Section):
     ]
     tolerance: NotNegative
     questions: Count
+    objective: Literal["accuracy", "likelihood"]
 
     @field_validator("fine_step")
     @classmethod
@@ -264,6 +272,8 @@ class Profile(Section):
     alpaca: the "original" 52,002 rows, or the community's "cleaned" ones; the embedded world has one set.
     group_size: weights that share a quantization scale; -1 for one group per row.
     theta_sweep: further θ at which every routed model is evaluated, at every bit width; usually none.
+    theta_aims: further rules for θ that aim at a cost: "ratio 0.6" (of execution), "flops 0.7" (of Full's,
+        routers included), each also "… by layer", with a θ for each layer.
     max_steps: optimizer steps of a fine-tuning, in place of what `epochs` come to; None leaves it to them.
     protocol: how choices are scored: likelihood of the answers after `prompt`, or by lm-eval's own tasks.
     evaluated: the split that is measured, up to `limit.test`: "validation" while settings are being chosen.
@@ -303,6 +313,11 @@ class Profile(Section):
         tuple[Theta, ...],
         AfterValidator(_distinct),
         Field(description="a list of numbers above 0 and below 1, none twice; [] for no sweep"),
+    ]
+    theta_aims: Annotated[
+        tuple[Aim, ...],
+        AfterValidator(_distinct),
+        Field(description="a list of rules such as ratio 0.6 or flops 0.7 by layer, none twice"),
     ]
     max_steps: CountOrNull
     evaluated: Literal["test", "validation"]

@@ -70,6 +70,11 @@ def gain_at_equal_ratio(task: str, seed: int, plus: Sequence[Answers], minus: Se
     return replace(gain, ratios=common_ratios(*ratios))
 
 
+def gain_between(task: str, seed: int, plus: Answers, minus: Answers) -> Run:
+    """One evaluation minus another of the same questions, which need not be of one store."""
+    return gain_of(task, seed, [plus, minus], [1.0, -1.0])
+
+
 def _trials(store: Measurements, group: str) -> list[tuple[str, int]]:
     tasks = [task for task in store.profile.tasks if group_of(task) == group]
     return [(task, seed) for task in tasks for seed in store.profile.seeds]
@@ -79,7 +84,7 @@ def _curve(store: Measurements, task: str, method: str, seed: int, bits: int) ->
     """The evaluated cells along θ, but for the searched one, which lies at another place in every run, and
     for θ → 0, whose R of 1 lies far from all others.
     """
-    rules = [rule for rule in jobs.rules(store.profile, method) if rule not in ("searched", "zero")]
+    rules = [r for r in jobs.rules(store.profile, method) if r != "zero" and not jobs.is_found(r)]
     cells = [(task, method, seed, bits, rule) for rule in rules]
     return [cell for cell in cells if cell in store.answers]
 

@@ -19,7 +19,7 @@ from qtale_lib.claims import Claim
 from qtale_lib.contrasts import stated
 from qtale_lib.effects import gain_at_equal_ratio
 from qtale_lib.efficiency_tables import shape
-from qtale_lib.jobs import fixed_theta, rules
+from qtale_lib.jobs import fixed_theta, is_found, rules
 from qtale_lib.measurements import Answers, Measurements
 from qtale_lib.statistics import Run, estimate
 from qtale_lib.studies import Study
@@ -55,7 +55,7 @@ def points(study: Study) -> list[Point]:
         Point(method, study.own, method, rule, rule != "zero")
         for method in ("qtale", "dllm")
         for rule in rules(study.profile, method)
-        if rule != "searched"
+        if not is_found(rule)
     ]
     trained = [store for setting, store in study.measured if setting.factor in (None, TARGET)]
     return [*along, *(Point("targets", store, "dllm", "argmax") for store in trained)]

@@ -152,11 +152,13 @@ class Lab:
             sources["theta"] = theta
         return sources
 
-    def theta(self, spec: Spec) -> float | str | None:
-        """The θ that a rule stands for; None without routers; "unknown" while its search is missing."""
-        if spec["theta"] != "searched":
+    def theta(self, spec: Spec) -> float | list[float] | str | None:
+        """The θ that a rule stands for, or those of the routed layers; None without routers; "unknown" while
+        its search is missing.
+        """
+        if not jobs.is_found(spec["theta"]):
             return jobs.fixed_theta(spec["theta"])
-        found = self.find("threshold", **{k: v for k, v in spec.items() if k != "theta"})
+        found = self.find("threshold", **threshold_spec(spec))
         return found["value"]["theta"] if found else "unknown"
 
     def address(self, kind: str, spec: Spec) -> tuple[str, str, str] | None:
@@ -314,6 +316,7 @@ class Lab:
                 yield "quantization", spec
             if job.bits and job.run.routed:
                 yield "threshold", spec
+                yield from (("threshold", {**spec, "theta": aim}) for aim in self.profile.theta_aims)
 
     def compute(self, wanted: Iterable[Job]) -> list[Outcome]:
         """Do the jobs whose results are missing, in a pool of processes; failures are among the outcomes.
@@ -400,6 +403,11 @@ def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
 def run_spec(run: Run, **more: Any) -> Spec:
     """The spec of a run's result: task, method, seed, and bits and theta where they apply."""
     return {"task": run.task, "method": run.method, "seed": run.seed, **more}
+
+
+def threshold_spec(spec: Spec) -> Spec:
+    """spec of the result that holds an evaluation's θ; the search of Sec. 3.4 has no rule's name."""
+    return {name: value for name, value in spec.items() if (name, value) != ("theta", "searched")}
 
 
 def _name(spec: Spec) -> str:

@@ -37,6 +37,7 @@ from qtale_lib.quantization.packed_files import RECORD, load_packed
 from qtale_lib.quantization.streaming import apply_search_streamed, quantize_streamed
 from qtale_lib.store import file_digest
 from qtale_lib.streamed_model import StreamedModel
+from qtale_lib.threshold_rules import aim
 from qtale_lib.trainer import is_router
 from qtale_lib.training import finetune
 
@@ -82,6 +83,9 @@ def evaluate_run(lab: Lab, run: Run, bits: int, report: Report) -> None:
     if run.routed:
         spec = run_spec(run, bits=bits)
         lab.once("threshold", spec, lambda _: find_threshold(lab, spec, *model()))
+        for aim in lab.profile.theta_aims:
+            aimed = {**spec, "theta": aim}
+            lab.once("threshold", aimed, functools.partial(_aim, lab, aimed, model))
     report(0.5)
     wanted = rules(lab.profile, run.method)
     for done, rule in enumerate(wanted, start=1):
@@ -235,11 +239,19 @@ def find_threshold(
         coarse_step=steps.coarse_step,
         fine_step=steps.fine_step,
         tolerance=steps.tolerance,
+        objective=steps.objective,
         **fitting(lab),
     )
     settings = fitting(lab)
     del settings["batch_size"]
     return {**search.as_dict(), **rows_that_fit(examples, tokenizer, **settings)}
+
+
+def _aim(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
+    """The θ of a rule that aims at a cost (threshold_rules.py)."""
+    prepared, tokenizer = model()
+    examples = lab.examples(spec["task"], "calibration")
+    return aim(prepared, tokenizer, examples, spec["theta"], **fitting(lab)).as_dict()
 
 
 def _evaluate(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:

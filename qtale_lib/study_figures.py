@@ -7,9 +7,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qtale_lib.execution_ratio import ALL, CURVES
-from qtale_lib.figures import BLACK, BLUE, CROSS, DOT, GREEN, ORANGE, PAGE, RED, SKY, SQUARE, canvas, empty
+from qtale_lib.figures import (
+    BLACK,
+    BLUE,
+    COLUMN,
+    CROSS,
+    DOT,
+    GREEN,
+    ORANGE,
+    PAGE,
+    RED,
+    SKY,
+    SQUARE,
+    canvas,
+    empty,
+)
 from qtale_lib.paper import METHODS, TASK_LABELS
 from qtale_lib.quantizers import FEWER, LAYERS, QUANTIZER
+from qtale_lib.sensitivity import label
 
 LOOKS = {
     "qtale": {"color": BLUE, "linestyle": "--", **SQUARE, "markersize": 3.6},
@@ -113,12 +128,8 @@ def _by_ratio(axis: Axes, frame: pd.DataFrame, whole: pd.DataFrame) -> None:
         _bars(
             axis, part.assign(x=100 * part.R), {**look, "color": "0.45", "linewidth": 0.8}, f"Full, {words}"
         )
-    for row in whole.itertuples():
-        axis.annotate(METHODS[row.method], (100 * row.R, row.accuracy), (3, 4), textcoords="offset points")
-    routed = whole[whole.method != "full"]
-    _bars(
-        axis, routed.assign(x=100 * routed.R), {"color": RED, "linestyle": "none", **DOT}, "routed, 16 bits"
-    )
+    for method, own in whole[whole.method.isin(LOOKS)].groupby("method", sort=False):
+        _bars(axis, own.assign(x=100 * own.R), LOOKS[method], f"{METHODS[method]}, 16 bits")
     axis.set(title="equal R", xlabel="executed layers (%)")
     axis.margins(x=0.2)
 
@@ -130,3 +141,69 @@ def _bars(axis: Axes, part: pd.DataFrame, look: dict, label: str) -> None:
     axis.plot(part.x, part.accuracy, label=label, **{"linewidth": 0.8, **look})
     errors = [part.accuracy - part.low, part.high - part.accuracy]
     axis.errorbar(part.x, part.accuracy, yerr=errors, fmt="none", color=look["color"], linewidth=0.5)
+
+
+# Sensitivity.
+
+
+def factor(frame: pd.DataFrame, name: str) -> Figure:
+    """What one setting does: points of accuracy against its default, left, and R, right, by value.
+
+    `frame`: sensitivity.effects. Filled marks are 16 bits, open ones fewer; the default is marked below.
+    """
+    part = frame[frame.factor == name]
+    if part.empty:
+        return empty("not computed")
+    values = list(dict.fromkeys(part.value))
+    figure, axes = canvas(PAGE, 1.9, 1, 2)
+    gains, ratios = axes[0]
+    cells = list(part[["method", "bits"]].drop_duplicates().itertuples(index=False))
+    for place, (method, bits) in enumerate(cells):
+        own = part[(part.method == method) & (part.bits == bits)]
+        x = own.value.map(values.index) + 0.12 * (place - (len(cells) - 1) / 2)
+        look = {**LOOKS[method], "linestyle": "-" if bits == 16 else ":", "linewidth": 0.8}
+        look |= {"markerfacecolor": look["color"] if bits == 16 else "none"}
+        errors = [own.effect - own.low, own.high - own.effect]
+        gains.errorbar(
+            x, own.effect, yerr=errors, label=f"{METHODS[method]}, {bits} bits", **look, elinewidth=0.6
+        )
+        ratios.plot(x, 100 * own.R, **look)
+    default = part[part.default].value.iloc[0]
+    ticks = [f"{value}\n(default)" if value == default else value for value in values]
+    for axis in (gains, ratios):
+        axis.set(
+            xticks=range(len(values)), xticklabels=ticks, xlabel=label(name), xlim=(-0.5, len(values) - 0.5)
+        )
+    gains.axhline(0, color="0.6", linewidth=0.6, zorder=0)
+    gains.set_ylabel("gain on the default (points)")
+    ratios.set_ylabel("execution ratio (%)")
+    figure.legend(*gains.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def aims(frame: pd.DataFrame) -> Figure:
+    """Accuracy by R, a mark a rule for θ; a line leads from the R that a rule aims at, below, to its mark.
+
+    `frame`: theta_aims.frame, of which the fewest bits are drawn.
+    """
+    if frame.empty:
+        return empty("not computed")
+    figure, axes = canvas(COLUMN, 3.0)
+    axis, part = axes[0, 0], frame[frame.bits == frame.bits.min()]
+    markers = dict(zip(dict.fromkeys(part.rule), "o^sDvx*", strict=False))
+    for row in part.itertuples():
+        colour = LOOKS[row.method]["color"]
+        bars = [[row.accuracy - row.low], [row.high - row.accuracy]]
+        axis.errorbar(100 * row.R, row.accuracy, yerr=bars, color=colour, elinewidth=0.6,
+                      marker=markers[row.rule], markersize=4.5, markerfacecolor="none")  # fmt: skip
+        if pd.notna(row.aimed):
+            axis.plot(
+                [100 * row.aimed, 100 * row.R], [row.low, row.accuracy], ":", color=colour, linewidth=0.6
+            )
+    for rule, marker in markers.items():
+        axis.plot([], [], marker, color="0.3", markerfacecolor="none", markersize=4.5, label=rule)
+    for method in dict.fromkeys(part.method):
+        axis.plot([], [], color=LOOKS[method]["color"], label=METHODS[method])
+    axis.set(xlabel="execution ratio (%)", ylabel=f"accuracy, {part.bits.min()} bits (%)")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure

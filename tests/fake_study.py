@@ -15,16 +15,20 @@ class SettingLab(FakeLab):
     """The made-up lab of one setting: D-LLM runs what it was trained for, and `gain(profile)` is added."""
 
     def __init__(self, profile: Any, gain: dict[str, Any], questions: int) -> None:
-        names = ("tasks", "methods", "bits", "seeds", "theta_sweep", "evaluated")
+        names = ("tasks", "methods", "bits", "seeds", "theta_sweep", "theta_aims", "evaluated")
         super().__init__(questions=questions, accuracy={}, **{name: getattr(profile, name) for name in names})
         self.real, self.gain = profile, gain
         self.profile.training = profile.training
 
+    def rules(self, method: str) -> list[str]:
+        return [*super().rules(method), *self.real.theta_aims]
+
     def made_up(self, task: str, method: str, seed: int, bits: int, rule: str) -> dict[str, Any]:
-        value = super().made_up(task, method, seed, bits, rule)
-        ratio = value["execution_ratio"] + self.real.training.rate_target - 0.5
+        aimed = rule in self.real.theta_aims
+        value = super().made_up(task, method, seed, bits, "searched" if aimed else rule)
+        ratio = 0.9 if aimed else value["execution_ratio"] + self.real.training.rate_target - 0.5
         score = 60 + 20 * ratio + self.gain.get(method, lambda profile, bits: 0.0)(self.real, bits)
-        score += self.noise("run", task, method, seed, self.real.training.rate_target).normal(0, 0.2)
+        score += self.noise("run", task, method, seed, bits, self.real.model_dump_json()).normal(0, 0.2)
         return {**value, "execution_ratio": min(ratio, 1.0), **self.choices(task, score)}
 
 

@@ -19,6 +19,7 @@ from qtale_lib.execution_ratio import frame, front_table, gains_table
 from qtale_lib.jobs import runs
 from qtale_lib.lab import run_spec
 from qtale_lib.studies import NAMES, SHIPPED, Committed, Study, study_of
+from qtale_lib.theta_aims import aimed
 
 MOST = 600  # fine-tunings of all studies past the paper
 
@@ -44,11 +45,11 @@ def test_all_plans_together_keep_to_the_budget():
 
 
 @pytest.mark.parametrize("notebook", NAMES)
-def test_the_small_study_of_smoke_varies_what_the_shipped_one_does(notebook):
-    small, whole = study_of(notebook, "smoke"), study_of(notebook)
-    assert small.plan.factors.keys() == whole.plan.factors.keys()
-    assert small.plan.alongside.keys() == whole.plan.alongside.keys()
-    assert small.profile.name != whole.profile.name
+def test_the_small_study_of_smoke_varies_what_the_shipped_one_does(notebook, tmp_path):
+    small, whole = study_of(notebook, "smoke", tmp_path), study_of(notebook, root=tmp_path)
+    assert small.plan.factors.keys() <= whole.plan.factors.keys()
+    assert small.plan.notebook == notebook and small.profile.name != whole.profile.name
+    assert small.is_small() and not whole.is_small()
 
 
 def test_one_changed_line_is_the_study_on_another_model(tmp_path):
@@ -91,7 +92,11 @@ def study(tmp_path_factory) -> Study:
     folder = tmp_path_factory.mktemp("study")
     small = profile(save_base(folder / "base")).model_dump(mode="json", exclude={"name", "extends"})
     kept = ("base", "max_steps", "limit", "group_size", "quantization", "calibration", "probes")
-    plan = {"extends": str(SHIPPED / "execution_ratio.smoke.yaml"), **{name: small[name] for name in kept}}
+    plan = {
+        "theta_aims": ["ratio 0.9 by layer"],
+        "extends": str(SHIPPED / "execution_ratio.smoke.yaml"),
+        **{name: small[name] for name in kept},
+    }
     (folder / "small.yaml").write_text(yaml.safe_dump(plan))
     made = study_of("08", str(folder / "small.yaml"), folder / "results")
     with pytest.MonkeyPatch.context() as patch:
@@ -105,6 +110,9 @@ def test_it_is_computed_once_and_shown(study, tmp_path):
     assert study.compute() == [] and study.is_small()
     shown = frame(study)
     assert set(shown.curve) == {"qtale", "dllm", "targets"} and len(shown) == 2 * 2 * (4 + 4 + 2)
+    cell = ("arc_easy", "qtale", 0, 16, "ratio 0.9 by layer")
+    assert aimed(study.own, cell[4], *cell[:4]) == 0.9
+    assert study.own.answers[cell].execution_ratio == pytest.approx(0.9, abs=0.08)
     kept = study.keep(front_table(shown, study), tmp_path)
     assert isinstance(kept, tables.Table) and (tmp_path / "execution_ratio_front.csv").is_file()
 

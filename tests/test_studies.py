@@ -71,7 +71,7 @@ def test_one_changed_line_is_the_study_on_another_model(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"notebook": "05"}, "notebook .* must be 08 or 10"),
+        ({"notebook": "05"}, "notebook .* must be 08, 09 or 10"),
         ({"alongside": {"training.lr": {"seeds": 1}}}, "names training.lr, which is not varied"),
         ({"alongside": {"max_steps": {"seed": 1}}}, "gives max_steps the value 3"),
     ],

@@ -1,4 +1,9 @@
-"""GPTQ against the exact optimum on small layers, and MagR's steps against a general solver."""
+"""GPTQ against the exact optimum on small layers, and MagR's steps against a general solver.
+
+No maintained implementation of GPTQ stands beside it: theirs come with kernels and frameworks of their own.
+In its place are the definition, column by column, in both orders (`by_definition`), and all codes of small
+grids.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from qtale_lib import checkpoints
 from qtale_lib.adaptive import Routes, keyed_noise, record_routes, reserved_tokens
 from qtale_lib.data.encoding import IGNORED
-from qtale_lib.errors import UserError
+from qtale_lib.errors import DamagedError, UserError
 from qtale_lib.losses import counted_tokens, entropy_loss, lambda1_at, rate_excess, rate_loss, total_loss
 
 TRAINABLE_FILE = "trainable.safetensors"
@@ -398,7 +398,9 @@ def load_trainable(model: nn.Module, path: str) -> None:
     saved, own = load_file(path), trainable_state(model)
     if saved.keys() != own.keys():
         name = min(saved.keys() ^ own.keys())
-        raise UserError(f"{path} is of another model: {name} is only on one side; delete it and run again.")
+        raise DamagedError(
+            f"{path} is of another model: {name} is only on one side; delete it and run again."
+        )
     with torch.no_grad():
         for name, tensor in saved.items():
             own[name].copy_(tensor)

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from qtale_lib import machine
-from qtale_lib.errors import MachineError, UserError
+from qtale_lib.errors import MachineError, UserError, of_machine
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GRACE_SECONDS = 5.0
@@ -265,6 +265,8 @@ def attempt(
     except UserError as error:
         return "failed", (str(error), "", error.exit_code)
     except Exception as error:
+        if refusal := of_machine(error):
+            return "failed", (str(refusal), traceback.format_exc(), refusal.exit_code)
         return "failed", (f"{type(error).__name__}: {error}", traceback.format_exc())
     return "done", ()
 

@@ -54,7 +54,11 @@ class StreamedModel:
     def __init__(self, directory: str | Path, device: torch.device | str = "cpu"):
         directory = Path(directory)
         record = read_record(directory) if (directory / RECORD).is_file() else {"adapter": False}
-        folder = find_base(record["base"]["name"]) if record["adapter"] else directory
+        folder = (
+            find_base(record["base"]["name"], record["base"].get("revision"))
+            if record["adapter"]
+            else directory
+        )
         config = AutoConfig.from_pretrained(folder)
         dtype = getattr(torch, record["base"]["dtype"]) if record["adapter"] else config.dtype
         self.device = torch.device(device)

@@ -37,6 +37,7 @@ SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "vocab_size",
 )  # fmt: skip
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
@@ -124,7 +125,7 @@ def _check_config(directory: Path) -> None:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{path}: model_type (= {json.dumps(family)}) must be one of {', '.join(FAMILIES)}.")
-    for name in SIZES:
+    for name in (*SIZES, *(name for name in OPTIONAL_SIZES if config.get(name) is not None)):
         if type(config.get(name)) is not int or config[name] < 1:
             shown = json.dumps(config.get(name))
             raise UserError(f"{path}: {name} (= {shown}) must be a whole number of at least 1.")

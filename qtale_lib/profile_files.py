@@ -213,7 +213,7 @@ def _folder(place: str | Path, source: Path | str | None) -> Path | None:
 def _sentence(model: type[BaseModel], settings: Settings, path: Path, error: ValidationError) -> str:
     """What is wrong with the first value refused: file, key, value, what is allowed."""
     first = error.errors(include_url=False)[0]
-    keys, value = _walk(settings.values, first["loc"])
+    keys, value = _walk(model, settings.values, first["loc"])
     parents, name = keys[:-1], ".".join(keys)
     if first["type"] == "missing" and first["loc"] == keys:
         complaint = f"{name} is missing; it must be {_allowed(model, keys, first['msg'])}"
@@ -228,13 +228,17 @@ def _sentence(model: type[BaseModel], settings: Settings, path: Path, error: Val
     return f"{settings.source(keys) or path}: {complaint}."
 
 
-def _walk(values: Any, location: Keys) -> tuple[tuple[str, ...], Any]:
-    """The dotted key of a refused value, and the value, or the one entry of a list that was refused."""
+def _walk(model: type[BaseModel] | None, values: Any, location: Keys) -> tuple[tuple[str, ...], Any]:
+    """The dotted key of a refused value, and the value, or the one entry of a list that was refused.
+
+    A location goes on below a setting, by names that are no keys, where it can be of several types.
+    """
     keys: list[str] = []
     for step in location:
-        if isinstance(values, dict):
-            keys.append(str(step))
+        if model and isinstance(step, str) and isinstance(values, dict):
+            keys.append(step)
             values = values.get(step)
+            model = _inner(model.model_fields[step]) if step in model.model_fields else None
         elif isinstance(values, list | tuple) and isinstance(step, int) and step < len(values):
             values = values[step]
     return tuple(keys), values
@@ -243,8 +247,13 @@ def _walk(values: Any, location: Keys) -> tuple[tuple[str, ...], Any]:
 def _section(model: type[BaseModel], keys: tuple[str, ...]) -> type[BaseModel]:
     if not keys:
         return model
-    annotation = model.model_fields[keys[0]].annotation
-    return _section(next(iter(get_args(annotation)), annotation), keys[1:])  # of a list of sections: one
+    return _section(_inner(model.model_fields[keys[0]]), keys[1:])
+
+
+def _inner(info: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field is, or that each of its list is; None for a field of another kind."""
+    kind = next(iter(get_args(info.annotation)), info.annotation)
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def _allowed(model: type[BaseModel], keys: tuple[str, ...], message: str) -> str:

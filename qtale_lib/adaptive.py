@@ -346,6 +346,7 @@ def _load_base(base: dict[str, str]) -> PreTrainedModel:
         find_base(base["name"], base.get("revision")),
         dtype=getattr(torch, base["dtype"]),
         use_safetensors=True,
+        trust_remote_code=False,
     )
     if weights_digest(model) != base["sha256"]:
         raise DamagedError(f"The base {base['name']!r} is not the one trained on (sha256): restore it.")
@@ -354,7 +355,7 @@ def _load_base(base: dict[str, str]) -> PreTrainedModel:
 
 def _load_whole(directory: Path) -> PreTrainedModel:
     model, report = AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto", use_safetensors=True, output_loading_info=True
+        directory, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:

@@ -271,6 +271,11 @@ class Lab:
         """Whether all results of a job are in the store."""
         return all(self.find(kind, **spec) for kind, spec in self._results_of(job))
 
+    def seems_done(self, job: Job) -> bool:
+        """The same at a glance: results are looked for, and not read whole."""
+        addresses = [self.address(kind, spec) for kind, spec in self._results_of(job)]
+        return all(address and self.store.has(*address) for address in addresses)
+
     def stored(self, wanted: Iterable[Job], kinds: Iterable[str]) -> list[dict[str, Any]]:
         """Whole JSON of what the jobs have in the store, of these kinds."""
         found = (self.find(kind, **spec) for kind, spec in self._all_of(wanted) if kind in kinds)

@@ -59,7 +59,7 @@ class StreamedModel:
             if record["adapter"]
             else directory
         )
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         dtype = getattr(torch, record["base"]["dtype"]) if record["adapter"] else config.dtype
         self.device = torch.device(device)
         self.model = empty_model(config, dtype, record.get("routers"), record.get("threshold"))

@@ -149,7 +149,7 @@ def _check_digests(directory: Path, record: dict[str, Any]) -> None:
 
 def _empty_model(directory: Path, record: dict[str, Any]) -> PreTrainedModel:
     """The model that `record` and the folder's config describe, and the quantizer's report in it."""
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     try:
         model = empty_packed_model(config, record, lambda _: record["layers"])
         model.quantization = QuantizationReport(**record["quantizer"])

@@ -26,11 +26,20 @@ from qtale_lib.memory import BYTES
 from qtale_lib.pool import Outcome, PutOff, Task, run_tasks, worker_slots
 from qtale_lib.preflight import check, check_fit
 from qtale_lib.progress import watcher
-from qtale_lib.provenance import ROOT, Stopwatch
+from qtale_lib.provenance import ROOT, Stopwatch, versions
 from qtale_lib.store import Parcel, Store, digest, read_json, sweep, write_json
 
 # Raised by hand when a stage's code comes to give other numbers from the same settings.
 STAGE_VERSIONS = {"finetune": 4, "quantization": 2, "threshold": 3, "evaluation": 4}
+# Those of the kept results. Another version of a library that a stage's numbers come from changes their keys.
+KEPT_VERSIONS = {
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "tokenizers": "0.23.3",
+    "peft": "0.21.2",
+    "accelerate": "1.15.0",
+    "lm_eval": "0.4.13",
+}
 ENCODING = ("prompt", "max_length", "overlong", "dtype")
 FINETUNING = (*ENCODING, "max_steps", "training", "lora", "routing", "probes")
 QUANTIZING = ("quantization", "group_size")
@@ -153,8 +162,18 @@ class Lab:
         sources = self.made_from(kind, spec)
         if sources is None:
             return None
-        key = digest(STAGE_VERSIONS[kind], spec, self.settings(kind, spec), sources)
-        return kind, _name(spec), key
+        parts = STAGE_VERSIONS[kind], spec, self.settings(kind, spec), sources
+        return kind, _name(spec), digest(*parts, *self._other_libraries(kind, spec))
+
+    def _other_libraries(self, kind: str, spec: Spec) -> list[dict[str, str]]:
+        """The libraries behind a result, if any, whose versions are not those of the kept results."""
+        behind = {"torch", "transformers", "tokenizers", "peft"}
+        behind |= {"accelerate"} if kind == "finetune" else set()
+        by_harness = self.profile.protocol == "lm_eval" and spec["task"] != "alpaca"
+        behind |= {"lm_eval"} if kind == "evaluation" and by_harness else set()
+        now = {name: versions()[name].partition("+")[0] for name in sorted(behind)}  # +cpu is a build
+        other = {name: version for name, version in now.items() if version != KEPT_VERSIONS[name]}
+        return [other] if other else []
 
     def files(self, kind: str, spec: Spec) -> Path:
         """The folder of a finished result's files."""
@@ -252,6 +271,11 @@ class Lab:
         """Whether all results of a job are in the store."""
         return all(self.find(kind, **spec) for kind, spec in self._results_of(job))
 
+    def seems_done(self, job: Job) -> bool:
+        """The same at a glance: results are looked for, and not read whole."""
+        addresses = [self.address(kind, spec) for kind, spec in self._results_of(job)]
+        return all(address and self.store.has(*address) for address in addresses)
+
     def stored(self, wanted: Iterable[Job], kinds: Iterable[str]) -> list[dict[str, Any]]:
         """Whole JSON of what the jobs have in the store, of these kinds."""
         found = (self.find(kind, **spec) for kind, spec in self._all_of(wanted) if kind in kinds)
@@ -322,6 +346,7 @@ class Lab:
         wanted = list(wanted)
         check(self, wanted)
         sweep(self.directory)
+        sweep(self.figures)
         return [job for job in wanted if not self.is_done(job)]
 
     def model_bytes(self) -> int:

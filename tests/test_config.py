@@ -288,7 +288,7 @@ def test_a_circle_of_two_is_found(write):
         ("just words", 'bad.yaml (= "just words") must be a mapping: '),
         (b"\xff\xfe\xff", "bad.yaml cannot be read (UnicodeDecodeError)"),
         (b"a: \x07", "bad.yaml cannot be read (ReaderError)"),
-        ("bits: &a [*a]", "bad.yaml: bits (= [[...]]) must be "),
+        ("bits: &a [*a]", "bad.yaml: bits (= a list) must be "),
     ],
 )
 def test_a_file_that_is_no_profile_is_one_sentence(write, content, start):

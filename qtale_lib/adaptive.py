@@ -96,16 +96,23 @@ def reserved_tokens(model: nn.Module) -> int:
     return (RouterConfig() if state is None else state.config).always_run_tokens
 
 
-def set_threshold(model: nn.Module, theta: float) -> None:
+def set_threshold(model: nn.Module, theta: float | Sequence[float]) -> None:
     """Set the execution threshold θ of evaluation mode (Sec. 3.4, Eq. 9): 0.5 is arg max, 0 runs everything.
 
+    Several are those of the routed layers, one for each.
+
     Raises:
-        UserError: if θ is no number or outside [0, 1), or the model has no routers.
+        UserError: if a θ is no number or outside [0, 1), if there are not as many as routed layers, or the
+            model has no routers.
     """
-    if not isinstance(theta, Real):
-        raise UserError(f"The threshold θ is {theta!r}: it must be a number of at least 0 and below 1.")
-    threshold_shift(theta)
-    routing_state(model).theta = theta
+    state, several = routing_state(model), isinstance(theta, list | tuple)
+    for value in theta if several else [theta]:
+        if not isinstance(value, Real):
+            raise UserError(f"The threshold θ is {value!r}: it must be a number of at least 0 and below 1.")
+        threshold_shift(value)
+    if several and len(theta) != len(state.routed_layers):
+        raise UserError(f"There are {len(theta)} θ for {len(state.routed_layers)} layers with routers.")
+    state.theta = list(theta) if several else theta
 
 
 def set_noise(model: nn.Module, generator: torch.Generator | None) -> None:

@@ -24,20 +24,37 @@ LEFT_OUT = ("choice_nll",)  # half of an archive's bytes, and nothing that is dr
 PRESET = 9  # xz's widest window: the same questions come again in every evaluation of a task
 
 
-def archive(lab: Lab, folder: Path = ARCHIVE) -> list[Path]:
+def archive(lab: Lab, folder: Path = ARCHIVE, others: Iterable[Lab] = ()) -> list[Path]:
     """Write every finished seed to folder/<profile>/seed-<n>.jsonl.xz; equal results give equal bytes.
+
+    `others`: labs with the same store (the further settings of a study), whose results go along.
 
     Raises:
         UserError: if no seed is finished.
     """
-    jobs = {seed: [j for j in all_jobs(lab.profile) if j.run.seed == seed] for seed in lab.profile.seeds}
-    finished = {seed: own for seed, own in jobs.items() if all(map(lab.is_done, own))}
+    labs = (lab, *others)
+    finished = [seed for seed in lab.profile.seeds if all(_is_finished(own, seed) for own in labs)]
     if not finished:
         name = lab.profile.name
+        command = f"study {name}" if others else f"run --profile {name}"
         raise UserError(
-            f"No seed of profile {name} is finished yet; `python -m qtale_lib run --profile {name}` goes on."
+            f"No seed of profile {name} is finished yet; `python -m qtale_lib {command}` goes on."
         )
-    return [_written(path(lab, seed, folder), lab.stored(own, KINDS)) for seed, own in finished.items()]
+    return [_written(path(lab, seed, folder), _results(labs, seed)) for seed in finished]
+
+
+def _is_finished(lab: Lab, seed: int) -> bool:
+    return all(lab.is_done(job) for job in all_jobs(lab.profile) if job.run.seed == seed)
+
+
+def _results(labs: Iterable[Lab], seed: int) -> list[dict[str, Any]]:
+    """Of one seed; what several labs have in common once."""
+    found = [
+        result
+        for lab in labs
+        for result in lab.stored([job for job in all_jobs(lab.profile) if job.run.seed == seed], KINDS)
+    ]
+    return list({(result["kind"], result["key"]): result for result in found}.values())
 
 
 def path(lab: Lab, seed: int, folder: Path = ARCHIVE) -> Path:

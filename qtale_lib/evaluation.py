@@ -38,6 +38,7 @@ from qtale_lib.data.schema import Example
 from qtale_lib.errors import UserError
 from qtale_lib.finite import first_non_finite_layer, is_finite, place
 from qtale_lib.losses import counted_tokens
+from qtale_lib.pruning.layers import executed_layers
 
 TASKS_FOLDER = Path(__file__).parent / "data" / "lm_eval_tasks"
 BATCH_SIZE = 64
@@ -153,10 +154,11 @@ def _not_finite(model: nn.Module, fed: list[tuple[int, ...]], valid: Tensor) -> 
 
 
 def _hidden_states(model: nn.Module, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Last hidden states [B, T, d], and what executed, bool [L, B, T] (None without routers)."""
+    """Last hidden states [B, T, d], and what executed, bool [L, B, T] (None where all layers do)."""
     forward = partial(model.get_decoder(), input_ids=input_ids, attention_mask=valid.long(), use_cache=False)
     if not any(".router." in name for name, _ in model.named_parameters()):
-        return forward().last_hidden_state, None
+        hidden = forward().last_hidden_state
+        return hidden, executed_layers(model, valid)
     with record_routes(model) as routes:
         hidden = forward().last_hidden_state
     return hidden, routes.executed

@@ -80,6 +80,12 @@ class Lab:
         self._found: dict[tuple[str, str, str], dict[str, Any]] = {}
         self._data_hash = functools.cache(lambda task, split: data_hash(self.examples(task, split)))
 
+    def reading_with(self, other: Lab) -> Lab:
+        """Self; examples are read once for both, if the other lab has the same ones."""
+        if _what_is_read(self.profile) == _what_is_read(other.profile):
+            self._loaded, self._data_hash = other._loaded, other._data_hash
+        return self
+
     # What results are made from.
 
     @functools.cached_property
@@ -127,7 +133,10 @@ class Lab:
         names += QUANTIZING if spec["bits"] < 16 else ()
         names += ["calibration"] if kind == "threshold" else []
         names += ["protocol"] if kind == "evaluation" and spec["task"] != "alpaca" else []
-        return without_earlier({name: everything[name] for name in names})
+        kept = without_earlier({name: everything[name] for name in (*names, "pruning")})
+        if "pruning" in kept:
+            kept["calibration_texts"] = self.profile.quantization.calibration_texts
+        return kept
 
     def made_from(self, kind: str, spec: Spec) -> dict[str, Any] | None:
         """Hashes of what a result is made from; None while something that it builds on is missing."""
@@ -140,6 +149,8 @@ class Lab:
         sources = {"adapter": trained["value"]["adapter_sha256"], "base": self.base()["sha256"]}
         if spec["bits"] < 16:
             sources["quantization_texts"] = self._data_hash(task, "train")
+        if not self.profile.pruning.is_none():
+            sources["pruning_texts"] = self._data_hash(task, "train")
         if kind == "threshold":
             sources["calibration"] = self._data_hash(task, "calibration")
         if kind == "evaluation":
@@ -150,11 +161,13 @@ class Lab:
             sources["theta"] = theta
         return sources
 
-    def theta(self, spec: Spec) -> float | str | None:
-        """The θ that a rule stands for; None without routers; "unknown" while its search is missing."""
-        if spec["theta"] != "searched":
+    def theta(self, spec: Spec) -> float | list[float] | str | None:
+        """The θ that a rule stands for, or those of the routed layers; None without routers; "unknown" while
+        its search is missing.
+        """
+        if not jobs.is_found(spec["theta"]):
             return jobs.fixed_theta(spec["theta"])
-        found = self.find("threshold", **{k: v for k, v in spec.items() if k != "theta"})
+        found = self.find("threshold", **threshold_spec(spec))
         return found["value"]["theta"] if found else "unknown"
 
     def address(self, kind: str, spec: Spec) -> tuple[str, str, str] | None:
@@ -183,6 +196,8 @@ class Lab:
 
     def find(self, kind: str, **spec: Any) -> dict[str, Any] | None:
         """A result's whole JSON, or None if it is missing."""
+        if not self.store.holds(kind):  # without a look at the data, which may take a minute to make
+            return None
         address = self.address(kind, spec)
         if address is None or address in self._found:
             return self._found.get(address)
@@ -325,6 +340,7 @@ class Lab:
                 yield "quantization", spec
             if job.bits and job.run.routed:
                 yield "threshold", spec
+                yield from (("threshold", {**spec, "theta": aim}) for aim in self.profile.theta_aims)
 
     def compute(self, wanted: Iterable[Job]) -> list[Outcome]:
         """Do the jobs whose results are missing, in a pool of processes; failures are among the outcomes.
@@ -390,6 +406,12 @@ def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], N
         stages.perform(lab, job, report)
 
 
+def _what_is_read(profile: Profile) -> list[Any]:
+    """The settings on which a profile's examples depend."""
+    names = ("data", "data_dir", "alpaca", "limit", "evaluated")
+    return [*(getattr(profile, name) for name in names), profile.calibration.questions]
+
+
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
     """Without what has no effect on the numbers of a method, so that a new λ2 retrains only "qtale"."""
     dropped = {*WITHOUT_EFFECT, *UNUSED[method]}
@@ -406,6 +428,11 @@ def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
 def run_spec(run: Run, **more: Any) -> Spec:
     """The spec of a run's result: task, method, seed, and bits and theta where they apply."""
     return {"task": run.task, "method": run.method, "seed": run.seed, **more}
+
+
+def threshold_spec(spec: Spec) -> Spec:
+    """spec of the result that holds an evaluation's θ; the search of Sec. 3.4 has no rule's name."""
+    return {name: value for name, value in spec.items() if (name, value) != ("theta", "searched")}
 
 
 def _name(spec: Spec) -> str:

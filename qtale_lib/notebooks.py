@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qtale_lib import benchmark_report
+from qtale_lib import benchmark_report, studies
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import needs
 from qtale_lib.lab import PATIENCE, READ_ONLY, Lab
@@ -81,9 +81,19 @@ class Executions:
         results = [self.lab.fingerprint(job) for job in needs(self.lab.profile, notebook.name)]
         if notebook.name[:2] == benchmark_report.NOTEBOOK:
             results.append(benchmark_report.fingerprint(self.lab))
+        if study := self.study(notebook):
+            results.append(study.fingerprint())
         return digest(
             file_digest(notebook), self.library, self.lab.profile.digest(), self.parameters, results
         )
+
+    def study(self, notebook: Path) -> studies.Study | None:
+        """The study that a notebook shows, if it shows one; the scoreboard has the verdicts of 08's."""
+        number = "08" if notebook.name[:2] == SCOREBOARD else notebook.name[:2]
+        if number not in studies.NAMES:
+            return None
+        given = {name.lower(): value for name, value in self.parameters.items()}
+        return studies.study_of(number, given.pop("profile", "tiny"), self.lab.directory.parent, **given)
 
     def execute(self, notebooks: list[Path], watcher: Watcher) -> list[Outcome]:
         """Execute them, two at a time, the scoreboard after the others."""

@@ -169,6 +169,25 @@ def check_settings(
     if any(job.bits and job.bits < 16 for job in jobs):
         _check_group_size(profile, config)
     _check_lora(profile, shapes)
+    _check_compression(profile, layers, jobs)
+
+
+def _check_compression(profile: Profile, layers: int, jobs: Sequence[Job]) -> None:
+    widths = {job.bits for job in jobs if job.bits and job.bits < 16}
+    if profile.quantization.widths == "mixed" and widths - {3}:
+        raise profile.refusal("quantization.widths", "mixes to 3 bits alone; set bits: [3], or [16, 3]")
+    if profile.pruning.is_none():
+        return
+    part = "weights" if profile.pruning.layers == "none" else "layers"
+    key, (method, _, amount) = f"pruning.{part}", getattr(profile.pruning, part).partition(" ")
+    if widths:
+        raise profile.refusal(key, "is for models in 16 bits; set bits: [16]")
+    if part == "layers" and profile.pruning.weights != "none":
+        raise profile.refusal(key, "does not go with pruned weights; set either of the two to none")
+    if part == "layers" and any(job.run.method != "full" for job in jobs):
+        raise profile.refusal(key, "is for models without routers; set methods: [full]")
+    if part == "layers" and method != "early_exit" and int(amount) >= layers:
+        raise profile.refusal(key, f"leaves none of the base's {layers} layers")
 
 
 def _check_group_size(profile: Profile, config: dict[str, Any]) -> None:

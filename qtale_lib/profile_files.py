@@ -96,6 +96,11 @@ def read_profile(
         raise UserError(_sentence(model, settings, path, error)) from None
 
 
+def sets(name_or_path: str | Path, key: str) -> bool:
+    """Whether a profile's file, or one that it extends, sets a key; UserError as read_profile."""
+    return any(key in content for _, content in _chain(_locate(name_or_path)))
+
+
 def _locate(name: str | Path, folder: Path = Path()) -> Path:
     """The file of a shipped profile's name, or of a path that ends in .yaml or .yml, seen from `folder`."""
     if str(name).endswith((".yaml", ".yml")):

@@ -188,6 +188,10 @@ class Store:
         files = self.files(kind, name, key)
         return files.with_name(f"{files.name}.json")
 
+    def holds(self, kind: str) -> bool:
+        """Whether a result of this kind was ever begun."""
+        return (self.root / kind).is_dir()
+
     def files(self, kind: str, name: str, key: str) -> Path:
         """Where a result's files lie."""
         return inside(self.root, kind, f"{name}-{key}")

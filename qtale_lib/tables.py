@@ -236,7 +236,7 @@ def _reference_note(lab: Lab, provenance: Any) -> str:
 def _other_settings(lab: Lab, provenance: dict[str, Any]) -> list[str]:
     """Dotted keys of the profile with other values in the reference; "base" for other weights alone."""
     here, there = _dotted(lab.profile.model_dump(mode="json")), _dotted(provenance["profile"])
-    there = {**EARLIER, **there}
+    there = {**_dotted(EARLIER), **there}
     other = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     same_base = lab.base()["sha256"] == provenance["base"]["sha256"]
     names = [key for key in other if key.split(".")[0] not in (*LABELS, "base", "revision")]

@@ -216,7 +216,15 @@ KEYS = "allowed there are"
         ("calibration: {fine_step: 0.1}",
          "calibration.fine_step (= 0.1) must be a number above 0 and at most coarse_step"),
         ("quantization: {backend: autoawq, method: rtn}",
-         'quantization.method (= "rtn") must be awq or, with backend native, rtn'),
+         'quantization.method (= "rtn") must be awq or, with backend native, rtn, gptq or magr_gptq'),
+        ("pruning: {weights: wanda 1.5}",
+         'pruning.weights (= "wanda 1.5") must be none, or magnitude or wanda with a share or pattern, such '
+         "as wanda 0.5 or wanda 2:4 (did you mean wanda)"),
+        ("pruning: {layers: sleb}",
+         'pruning.layers (= "sleb") must be none, block_influence or sleb with a number of layers, or '
+         "early_exit with a confidence, such as sleb 3 or early_exit 0.9"),
+        ("quantization: {backend: autoawq, widths: mixed}",
+         'quantization.widths (= "mixed") must be uniform or, with backend native, mixed'),
         ("base: ./nope",
          "base (= ./nope) must be microworld, an existing folder, a name in QTALE_MODELS_DIR, or a hub id"),
         ("base: 5", "base (= 5) must be a text (in quotes if it reads as a number)"),
@@ -376,6 +384,7 @@ def test_digest_sees_every_section_and_a_stages_only_its_own(section, tmp_path):
         "max_steps": 7,
         "max_length": 77,
         "theta_sweep": [0.1],
+        "pruning": {"weights": "wanda 2:4"},
     }
     profile = load_profile(
         "tiny", **{section: new.get(section) or changed(tiny.model_dump(mode="json")[section])}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qtale_lib.errors import DamagedError
 from qtale_lib.store import file_digest, read_json, write_json
 
-TENSORS = ("scales", "clips")
+TENSORS = ("scales", "clips", "codes", "steps", "zeros")
 
 
 class Grid(NamedTuple):
@@ -29,13 +29,32 @@ class Grid(NamedTuple):
 
 
 @dataclass
+class LayerSearch:
+    """What a quantizer found for one layer, by names within it.
+
+    By producer (statistics.READERS): alphas, and scales [in] to fold. By linear: clips [out, in/group]; or,
+    of a quantizer that chooses codes itself, codes as `bitpack.pack_codes` packs them
+    [out, bits, ceil(in/8)], steps float32 and zeros uint8 [out, in/group].
+    """
+
+    alphas: dict[str, float | None] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    clips: dict[str, Tensor] = field(default_factory=dict)
+    codes: dict[str, Tensor] = field(default_factory=dict)
+    steps: dict[str, Tensor] = field(default_factory=dict)
+    zeros: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class QuantizationReport:
     """One quantization of one model.
 
     `linears`: one row per linear with name, tokens, alpha, clip (mean share of the range kept) and mean
     square output errors over the calibration tokens: `error` of what was done, `error_rtn` of
-    round-to-nearest, and `power`, the mean square output itself. `scales` [in] (by producer) and `clips`
-    [out, in/group] (by linear) are the search result.
+    round-to-nearest, and `power`, the mean square output itself. `scales`, `clips`, `codes`, `steps` and
+    `zeros`, as in `LayerSearch` but by full names, are the search result.
+    `layer_bits`: by layer, where they differ (mixed.py), `bits` being their greatest mean then; and
+    `sensitivity` [layers, mixed.WIDTHS]: what each width of each alone adds to the calibration loss, in nats.
     `unchosen_layers`: layers that no router decision executed, calibrated on all tokens instead
     (statistics.py).
     `grids`: by linear, what its rounded weights lie on, for `pack`; not saved: it follows from the rest.
@@ -49,11 +68,20 @@ class QuantizationReport:
     model_sha256: str = ""
     calibration: dict | None = None
     threshold: float | None = None
+    layer_bits: list[int] = field(default_factory=list)
+    sensitivity: list[list[float]] = field(default_factory=list)
     unchosen_layers: list[int] = field(default_factory=list)
     linears: list[dict] = field(default_factory=list)
     scales: dict[str, Tensor] = field(default_factory=dict)
     clips: dict[str, Tensor] = field(default_factory=dict)
+    codes: dict[str, Tensor] = field(default_factory=dict)
+    steps: dict[str, Tensor] = field(default_factory=dict)
+    zeros: dict[str, Tensor] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
+
+    def width(self, layer: int) -> int:
+        """Bits of a layer's weights."""
+        return self.layer_bits[layer] if self.layer_bits else self.bits
 
     def as_dict(self) -> dict:
         """Everything but the tensors, ready for JSON."""

@@ -1,4 +1,4 @@
-"""`python -m qtale_lib`: see cli.py."""
+"""`python -m qtale_lib`: see cli/."""
 
 from qtale_lib.cli import main
 

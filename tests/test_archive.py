@@ -10,8 +10,9 @@ import pytest
 from pool_work import run_here
 from small_run import profile, save_base
 
-from qtale_lib import archive, cli, jobs
+from qtale_lib import archive, jobs
 from qtale_lib import lab as lab_module
+from qtale_lib.cli import artefacts
 from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
 from qtale_lib.measurements import Measurements
@@ -71,9 +72,9 @@ def test_restore_says_how_much_of_the_profile_is_done(
     lab, folder, tmp_path, monkeypatch, capsys, changes, said
 ):
     other = Lab(lab.profile.model_copy(update=changes), tmp_path / "clone")
-    monkeypatch.setattr(cli, "Lab", lambda _: other)
+    monkeypatch.setattr(artefacts, "Lab", lambda _: other)
     monkeypatch.setattr(archive, "restore", partial(archive.restore, folder=folder))
-    cli.restore("smoke")
+    artefacts.restore("smoke")
     first, *rest = capsys.readouterr().out.splitlines()
     assert first.endswith("results restored to " + str(other.store.root)) and not first.startswith("0 ")
     assert [line[: len(start)] for line, start in zip(rest, said, strict=True)] == said

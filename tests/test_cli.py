@@ -9,13 +9,16 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import typer
 from small_run import profile
 
-from qtale_lib import cli, notebooks, publishing
+from qtale_lib import notebooks, publishing
+from qtale_lib.cli import reproduction
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import all_jobs
 from qtale_lib.lab import Lab
-from qtale_lib.progress import PlainWatcher, span
+from qtale_lib.pool import Outcome
+from qtale_lib.progress import PlainWatcher, Stopclock, span
 from qtale_lib.provenance import ROOT
 from qtale_lib.store import discard
 
@@ -84,11 +87,11 @@ def test_fresh_removes_nothing_before_everything_is_checked(earlier, tmp_path, w
 )
 def test_fresh_forgets_the_profile_and_with_only_what_is_asked_for(earlier, monkeypatch, given, left):
     reached = []
-    monkeypatch.setattr(cli, "_compute", lambda *_: reached.append("runs") or [])
-    monkeypatch.setattr(cli, "_execute", lambda *_: reached.append("notebooks") or [])
+    monkeypatch.setattr(reproduction, "_compute", lambda *_: reached.append("runs") or [])
+    monkeypatch.setattr(reproduction, "_execute", lambda *_: reached.append("notebooks") or [])
     stamp = notebooks.Executions(Lab("smoke"), {})._stamp(notebooks.choose("01")[0])
     stamp.write_text("{}")
-    cli.run("smoke", **{"fresh": True, **given})
+    reproduction.run("smoke", **{"fresh": True, **given})
     assert reached == ["runs", "notebooks"]
     assert sum(path.exists() for path in earlier) == left
     assert stamp.exists() == ("fresh" in given)
@@ -96,12 +99,12 @@ def test_fresh_forgets_the_profile_and_with_only_what_is_asked_for(earlier, monk
 
 @pytest.mark.parametrize(("only", "left"), [("01", True), ("11", False)])
 def test_fresh_forgets_a_benchmark_with_its_notebook_alone(earlier, tmp_path, monkeypatch, only, left):
-    monkeypatch.setattr(cli, "_compute", lambda *_: [])
-    monkeypatch.setattr(cli, "_execute", lambda *_: [])
+    monkeypatch.setattr(reproduction, "_compute", lambda *_: [])
+    monkeypatch.setattr(reproduction, "_execute", lambda *_: [])
     path = tmp_path / "results" / "smoke" / "bench" / "tiny.json"
     path.parent.mkdir()
     path.write_text("{}")
-    cli.run("smoke", only=only, fresh=True)
+    reproduction.run("smoke", only=only, fresh=True)
     assert path.exists() == left
 
 
@@ -109,8 +112,8 @@ def test_a_failed_benchmark_is_an_outcome(lab, monkeypatch):
     def refused(lab):
         raise UserError("no room left")
 
-    monkeypatch.setattr(cli.benchmark_report, "of_profile", refused)
-    (outcome,) = cli._bench_if_missing(lab, cli.Stopclock())
+    monkeypatch.setattr(reproduction.benchmark_report, "of_profile", refused)
+    (outcome,) = reproduction._bench_if_missing(lab, Stopclock())
     assert (outcome.status, outcome.error) == ("failed", "no room left")
 
 
@@ -203,24 +206,24 @@ def test_a_failing_notebook_stops_no_other_and_what_is_up_to_date_is_left_out(sh
 
 
 def test_a_failure_ends_in_code_1_and_its_whole_error_is_kept(lab, capsys):
-    clock = cli.Stopclock()
+    clock = Stopclock()
     clock.lap("runs", "3 jobs")
-    bad = cli.Outcome("train x", "failed", 1.0, "no good", "Traceback ...")
+    bad = Outcome("train x", "failed", 1.0, "no good", "Traceback ...")
     lab.directory.mkdir(parents=True)
-    with pytest.raises(cli.typer.Exit) as ended:
-        cli._finish(lab, [bad, cli.Outcome("train y", "done", 1.0)], clock)
+    with pytest.raises(typer.Exit) as ended:
+        reproduction._finish(lab, [bad, Outcome("train y", "done", 1.0)], clock)
     shown = capsys.readouterr()
     assert ended.value.exit_code == 1
     assert "FAILED train x: no good" in shown.out and "train y" not in shown.out and "runs" in shown.out
     assert "Traceback ..." in (lab.directory / "failures.txt").read_text()
 
 
-@pytest.mark.parametrize(("others", "code"), [([], 2), [[cli.Outcome("train y", "failed", error="boom")], 1]])
+@pytest.mark.parametrize(("others", "code"), [([], 2), [[Outcome("train y", "failed", error="boom")], 1]])
 def test_what_was_refused_alone_ends_in_code_2(lab, others, code):
-    failed = [cli.Outcome("train x", "failed", error="do this instead", refused=True), *others]
-    failed.append(cli.Outcome("evaluate x", "skipped", error="what it builds on failed"))
-    with pytest.raises(cli.typer.Exit) as ended:
-        cli._finish(lab, failed, cli.Stopclock())
+    failed = [Outcome("train x", "failed", error="do this instead", refused=True), *others]
+    failed.append(Outcome("evaluate x", "skipped", error="what it builds on failed"))
+    with pytest.raises(typer.Exit) as ended:
+        reproduction._finish(lab, failed, Stopclock())
     assert ended.value.exit_code == code
 
 

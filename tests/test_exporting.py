@@ -13,7 +13,8 @@ from fake_lab import FakeLab
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from qtale_lib import benchmark_report, cli, exporting, figures, noise, overview
+from qtale_lib import benchmark_report, exporting, figures, noise, overview
+from qtale_lib.cli import app, artefacts
 from qtale_lib.errors import UserError
 from qtale_lib.exporting import DRAWN, Look, export_figures, export_tables, inches
 from qtale_lib.measurements import Measurements
@@ -50,7 +51,7 @@ def lab(tmp_path_factory) -> SimpleNamespace:
 
 def test_every_figure_can_be_exported():
     assert set(FRAMES) == set(DRAWN)
-    notebooks = Path(cli.__file__).parents[1] / "notebooks"
+    notebooks = Path(exporting.__file__).parents[1] / "notebooks"
     saved = {
         name
         for path in notebooks.glob("*.ipynb")
@@ -119,16 +120,16 @@ BAD = {
 
 @pytest.mark.parametrize("words", BAD)
 def test_what_cannot_be_exported_is_one_sentence_and_no_file(lab, words, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "Lab", lambda profile: lab)
-    result = CliRunner().invoke(cli.app, ["export", *words.split(), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(artefacts, "Lab", lambda profile: lab)
+    result = CliRunner().invoke(app, ["export", *words.split(), "--out", str(tmp_path / "out")])
     assert isinstance(result.exception, UserError) and BAD[words] in str(result.exception)
     assert not list(tmp_path.rglob("*.*"))
 
 
 def test_the_command_writes_where_it_says(lab, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "Lab", lambda profile: lab)
+    monkeypatch.setattr(artefacts, "Lab", lambda profile: lab)
     words = ["export", "--figure", "4", "--format", "svg", "--width", "8cm", "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(cli.app, words)
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 0 and Path(result.stdout.strip()).is_file()
 
 

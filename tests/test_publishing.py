@@ -12,8 +12,9 @@ import pytest
 from pool_work import run_here
 from small_run import profile, save_base
 
-from qtale_lib import cli, contrasts, jobs, provenance, publishing
+from qtale_lib import contrasts, jobs, provenance, publishing
 from qtale_lib import lab as lab_module
+from qtale_lib.cli import one_run
 from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
 
@@ -105,8 +106,8 @@ def evaluate(lab, published, tmp_path, monkeypatch, capsys):
     def call(method: str, bits: int = 3, changes: dict | None = None, **options) -> tuple[Lab, str]:
         chosen = lab.profile.model_copy(update={"tasks": ("arc_easy",), **(changes or {})})
         own = Lab(chosen, tmp_path)
-        monkeypatch.setattr(cli, "_one", lambda *_: (own, jobs.Run("arc_easy", method, 0)))
-        cli.evaluate("arc_easy", method, bits=bits, **options)
+        monkeypatch.setattr(one_run, "one_run_of", lambda *_: (own, jobs.Run("arc_easy", method, 0)))
+        one_run.evaluate("arc_easy", method, bits=bits, **options)
         return own, capsys.readouterr().out
 
     return call

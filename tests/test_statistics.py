@@ -118,6 +118,22 @@ def test_questions_of_two_facts_each_shared_with_others_count_as_such(fact_sd):
     assert fact_sd == 0 or np.mean(by_pairs) < 0.6 * truth
 
 
+def test_a_pigeonhole_bootstrap_overstates_the_variance_of_questions_of_two_facts():
+    """Which is why there is a formula (docs/statistics.md): a question's own variance counts more than once."""
+    rng, questions, found, resampled = np.random.default_rng(13), 600, [], []
+    first, second = rng.integers(0, 250, questions), rng.integers(0, 60, questions)
+    crossed = by_label(first, second)
+    for _ in range(20):
+        values = rng.normal(0, 10, questions)
+        found.append(clustered_variance(values, crossed))
+        draws = [rng.multinomial(n, np.full(n, 1 / n), size=400) for n in (250, 60)]
+        weights = draws[0][:, first] * draws[1][:, second]
+        resampled.append(np.var(weights @ values / weights.sum(axis=1), ddof=1))
+    truth = 10.0**2 / questions
+    assert np.mean(found) == pytest.approx(truth, rel=0.1)
+    assert np.mean(resampled) > 2 * truth
+
+
 def test_equal_clusters_count_by_their_number_and_unequal_ones_for_fewer():
     assert effective_clusters(by_label(np.arange(60) // 3)) == 20
     assert effective_clusters(by_label([0, 0, 0, 1, 2])) == pytest.approx(25 / 11)

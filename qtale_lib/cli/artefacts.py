@@ -1,0 +1,75 @@
+"""Commands about what a profile leaves: export, publish, archive, restore."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtale_lib import archive as archives
+from qtale_lib.cli.common import ProfileName, app, short
+from qtale_lib.errors import UserError
+from qtale_lib.jobs import all_jobs
+from qtale_lib.lab import Lab
+from qtale_lib.publishing import publish as publish_profile
+
+
+@app.command()
+def export(
+    profile: ProfileName = "tiny",
+    figure: Annotated[str | None, typer.Option(help="Its number, or its file's name.")] = None,
+    table: Annotated[str | None, typer.Option(help="Its number, or its file's name.")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="pdf, png, svg or pgf; latex, markdown or csv.")
+    ] = None,
+    width: Annotated[str | None, typer.Option(help="Of a figure, such as 3.25in or 8.25cm.")] = None,
+    font: Annotated[str | None, typer.Option(help="Of a figure: an installed family.")] = None,
+    size: Annotated[float | None, typer.Option(help="Of a figure's smallest text, in points.")] = None,
+    palette: Annotated[
+        str | None, typer.Option(help="okabe-ito, tol, grey, or five colours with commas between them.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(),
+) -> None:
+    """Draw a figure for a paper, or copy a table out, from a profile's results or the committed ones."""
+    if (figure is None) == (table is None):
+        raise UserError("Name one to export: --figure 3, or --table 1.")
+    from qtale_lib import exporting  # loads matplotlib
+
+    lab = Lab(profile)
+    if figure is not None:
+        look = exporting.Look(width and exporting.inches(width), font, size, palette)
+        written = exporting.export_figures(lab, figure, form or "pdf", look, out)
+    else:
+        written = exporting.export_tables(lab, table, form or "latex", out)
+    for path in written:
+        typer.echo(str(path))
+
+
+@app.command()
+def publish(profile: str) -> None:
+    """Copy a finished profile's results, tables and figures to results/reference and figures/reference."""
+    for path in publish_profile(Lab(profile)):
+        typer.echo(short(path))
+
+
+@app.command()
+def archive(profile: str) -> None:
+    """Write the results of a profile's finished seeds, without weights, to results/archive."""
+    for path in archives.archive(Lab(profile)):
+        typer.echo(f"{short(path)}  {path.stat().st_size / 2**20:.1f} MiB")
+
+
+@app.command()
+def restore(profile: str) -> None:
+    """Put what results/archive holds of a profile into its store."""
+    lab = Lab(profile)
+    typer.echo(f"{archives.restore(lab)} results restored to {short(lab.store.root)}")
+    jobs = all_jobs(lab.profile)
+    done = sum(map(lab.is_done, jobs))
+    typer.echo(f"{done} of {len(jobs)} jobs of profile {lab.profile.name} are done")
+    if not done:
+        typer.echo(
+            "The archive was made from another base, with other settings or by an older version: "
+            f"`python -m qtale_lib run --profile {profile}` will compute its results again."
+        )

@@ -1,0 +1,62 @@
+"""Commands that compare settings and bases: sweep, density, pretrain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtale_lib import sweep, tables
+from qtale_lib.cli.common import ProfileName, app, print_table, short, stop_if_failed
+from qtale_lib.config import load_profile
+from qtale_lib.errors import UserError
+from qtale_lib.lab import Lab
+
+
+@app.command(name="sweep")
+def sweep_recipe(
+    path: Annotated[Path, typer.Argument(help="Its YAML; the shipped one if not given.")] = sweep.RECIPE,
+) -> None:
+    """Vary each factor of a recipe alone, on validation questions, and show what it does."""
+    asked = sweep.load_sweep(path)
+    outcomes = sweep.compute(asked)
+    lab = Lab(sweep.settings(asked)[0].profile)
+    print_table(tables.save(sweep.table(asked), lab.tables))
+    typer.echo(f"table: {short(lab.tables)}")
+    stop_if_failed(lab, outcomes)
+
+
+@app.command()
+def density(
+    path: Annotated[Path | None, typer.Argument(help="Its YAML; the shipped one if not given.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of pretraining.")] = 1,
+) -> None:
+    """Pretrain bases of several sizes on the embedded world and show what quantization costs each; hours."""
+    from qtale_lib import density as room  # loads matplotlib
+    from qtale_lib import figures
+
+    study = room.load_study(path or room.STUDY)
+    outcomes = room.compute(study, threads, typer.echo)
+    lab, table = Lab(room.profile_of(study, study.bases[0])), room.table(study)
+    print_table(tables.save(table, lab.tables))
+    figures.save(room.figure(table.frame), room.losses(table.frame), "density", lab.figures)
+    typer.echo(f"table: {short(lab.tables)}, figure: {short(lab.figures)}")
+    stop_if_failed(lab, outcomes)
+
+
+@app.command()
+def pretrain(
+    profile: ProfileName = "tiny",
+    tokens: Annotated[int | None, typer.Option(help="Length, if not the whole recipe.")] = None,
+    directory: Annotated[Path | None, typer.Option(help="Where to, if not over the shipped base.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Pretrain the embedded base model anew; takes half an hour or more."""
+    if load_profile(profile).base != "microworld":
+        raise UserError(
+            f"Profile {profile} does not use the embedded base; only that one is pretrained here."
+        )
+    from qtale_lib.data.microworld.pretrain import main as pretrain_base
+
+    pretrain_base(directory, tokens, threads)

@@ -1,4 +1,4 @@
-"""On PYTHONPATH it lets a Python process reach no machine but this; $QTALE_TEST_NETWORK gets what it tried."""
+"""On PYTHONPATH a Python process reaches this machine alone; $QTALE_TEST_NETWORK gets what was asked."""
 
 import ipaddress
 import os

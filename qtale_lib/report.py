@@ -5,8 +5,8 @@
 What the executed notebooks show, without their code, under a scoreboard; every notebook also as a page with
 its code; tables and figures to download beside them. It is built by nbconvert with a template of ours
 (`report_templates/notebook`) and jinja2: both come with JupyterLab, need neither Node nor the network, and
-leave pages without scripts, which open from a disk. MyST and Jupyter Book would bring a JavaScript application
-and a theme, and know nothing of a run store.
+leave pages without scripts, which open from a disk. MyST and Jupyter Book would bring a JavaScript
+application and a theme, and know nothing of a run store.
 
 Nothing is trusted: Markdown is rendered with its HTML escaped, outputs as `text/html` and scripts are left
 out, and a content security policy forbids the pages to load or run anything.

@@ -1,4 +1,4 @@
-"""On PYTHONPATH, it lets a Python process reach no machine but this; $QTALE_TEST_NETWORK gets what was tried."""
+"""On PYTHONPATH, it lets Python reach no machine but this one; $QTALE_TEST_NETWORK gets what was tried."""
 
 import ipaddress
 import os

@@ -106,6 +106,8 @@ def mutants(module: str) -> list[Mutant]:
             list(changes(target))[number](target)
             ast.fix_missing_locations(mutated)
             after = ast.unparse(target).splitlines()[0]
+            if ast.unparse(mutated) == ast.unparse(tree):
+                continue
             found.append(
                 Mutant(
                     module, f"{module}: {before}  →  {after}  in: {lines[node.lineno - 1].strip()}", mutated

@@ -1,7 +1,6 @@
 """Of small changes to what computes the paper's quantities, the tests find at least 85 %.
 
-A sample of all changes that tests/mutate.py can make: $QTALE_MUTANTS of them (40), from $QTALE_MUTANTS_SEED (0).
-With 40 it takes about 20 minutes on two cores.
+A sample of the changes that tests/mutate.py can make: $QTALE_MUTANTS (40), by $QTALE_MUTANTS_SEED (0).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import pandas as pd
 from qtale_lib import jobs
 from qtale_lib.base import base_facts, file_stamp
 from qtale_lib.config import Profile, load_profile, without_earlier
-from qtale_lib.data import Example, Loaded, data_hash, read_task, subset
+from qtale_lib.data import Example, Loaded, code_stamp, data_hash, read_task, subset
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, expected_seconds
 from qtale_lib.memory import BYTES
@@ -78,7 +78,7 @@ class Lab:
         self.store = Store(self.directory / "store")
         self._loaded = functools.cache(self._load)
         self._found: dict[tuple[str, str, str], dict[str, Any]] = {}
-        self._data_hash = functools.cache(lambda task, split: data_hash(self.examples(task, split)))
+        self._data_hash = functools.cache(self._hash_of_data)
 
     def reading_with(self, other: Lab) -> Lab:
         """Self; examples are read once for both, if the other lab has the same ones."""
@@ -114,14 +114,35 @@ class Lab:
 
     def _load(self, task: str, split: str) -> Loaded:
         profile = self.profile
+        loaded = read_task(task, split, profile.data_dir, profile.data, profile.alpaca)
+        return Loaded(subset(loaded.examples, self._limit(split)), loaded.source)
+
+    def _limit(self, split: str) -> int | None:
+        """The most examples that are used of a split."""
+        profile = self.profile
         limits = {
             "train": [profile.limit.train],
             "calibration": [profile.limit.calibration, profile.calibration.questions],
             profile.evaluated: [profile.limit.test],
         }
-        given = [limit for limit in limits.get(split, ()) if limit is not None]
-        loaded = read_task(task, split, profile.data_dir, profile.data, profile.alpaca)
-        return Loaded(subset(loaded.examples, min(given, default=None)), loaded.source)
+        return min((limit for limit in limits.get(split, ()) if limit is not None), default=None)
+
+    def _hash_of_data(self, task: str, split: str) -> str:
+        """Of the embedded world, which takes seconds to be made, it is kept beside the results."""
+        if self.profile.data != "microworld" or self.profile.data_dir is not None:
+            return data_hash(self.examples(task, split))
+        memo, stamp, name = (
+            self.store.root / "data.json",
+            code_stamp(),
+            f"{task} {split} {self._limit(split)}",
+        )
+        known = read_json(memo)
+        hashes = known["hashes"] if isinstance(known, dict) and known.get("stamp") == stamp else {}
+        if name not in hashes:
+            hashes[name] = data_hash(self.examples(task, split))
+            with contextlib.suppress(OSError):
+                write_json(memo, {"stamp": stamp, "hashes": hashes})
+        return hashes[name]
 
     def settings(self, kind: str, spec: Spec) -> dict[str, Any]:
         """The part of the profile that a result depends on, and nothing else of it."""

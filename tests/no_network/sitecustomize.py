@@ -1,4 +1,4 @@
-"""On PYTHONPATH a Python process reaches this machine alone; $QTALE_TEST_NETWORK gets what was asked."""
+"""On PYTHONPATH, it lets Python reach no machine but this one; $QTALE_TEST_NETWORK gets what was tried."""
 
 import ipaddress
 import os

@@ -47,6 +47,11 @@ def label(factor: str) -> str:
     return LABELS.get(factor, factor)
 
 
+def file_name(factor: str) -> str:
+    """Of a factor's picture."""
+    return "sensitivity_" + factor.replace(".", "_")
+
+
 def questions(study: Study) -> list[str]:
     """The factors whose values stand against a default."""
     return [factor for factor in study.plan.factors if factor != AIMS]

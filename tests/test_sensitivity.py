@@ -61,7 +61,7 @@ def test_a_default_is_justified_beaten_or_open(study):
 def test_every_question_has_its_picture(study):
     found = sensitivity.effects(study)
     for factor in sensitivity.questions(study):
-        drawn = study_figures.factor(found, factor)
+        drawn = study_figures.factor(found[found.factor == factor])
         assert [axis.get_xlabel() for axis in drawn.axes] == [sensitivity.label(factor)] * 2
         ticks = [text.get_text() for text in drawn.axes[0].get_xticklabels()]
         assert sum("default" in tick for tick in ticks) == 1

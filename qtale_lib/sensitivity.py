@@ -234,7 +234,7 @@ def _word(part: pd.DataFrame) -> str:
 
 def effects_table(study: Study, found: pd.DataFrame) -> Table:
     """Every value at every method and width, against the default; `found`: effects."""
-    part = found[~found.default]
+    part = found[~found.default.astype(bool)]
     text = pd.DataFrame({
         "setting": part.factor.map(label), "value": part.value, "method": part.method.map(paper.METHODS),
         "bits": part.bits.astype(str),

@@ -73,6 +73,8 @@ def test_without_results_nothing_is_claimed(tmp_path):
     judged = sensitivity.verdicts(study)
     assert sensitivity.effects(study).empty and set(judged.verdict) == {NOT_RUN}
     assert sensitivity.defaults_table(study, judged).frame.empty
+    assert sensitivity.effects_table(study, sensitivity.effects(study)).frame.empty
+    assert theta_aims.table(study).frame.empty and len(study_figures.aims(theta_aims.frame(study)).axes) == 1
 
 
 def test_rules_without_a_grid_run_what_they_aim_at_or_not(study, monkeypatch):

@@ -24,6 +24,7 @@ from qtale_lib.store import digest, file_digest, locked, read_json, write_json
 NOTEBOOKS = ROOT / "notebooks"
 KERNEL = "python3"
 SCOREBOARD = "00"
+SCORED = ("08", "09")  # notebooks whose studies' verdicts it has beside the profile's
 AT_ONCE = 2
 
 
@@ -81,19 +82,18 @@ class Executions:
         results = [self.lab.fingerprint(job) for job in needs(self.lab.profile, notebook.name)]
         if notebook.name[:2] == benchmark_report.NOTEBOOK:
             results.append(benchmark_report.fingerprint(self.lab))
-        if study := self.study(notebook):
-            results.append(study.fingerprint())
+        results += [study.fingerprint() for study in self.studies(notebook)]
         return digest(
             file_digest(notebook), self.library, self.lab.profile.digest(), self.parameters, results
         )
 
-    def study(self, notebook: Path) -> studies.Study | None:
-        """The study that a notebook shows, if it shows one; the scoreboard has the verdicts of 08's."""
-        number = "08" if notebook.name[:2] == SCOREBOARD else notebook.name[:2]
-        if number not in studies.NAMES:
-            return None
+    def studies(self, notebook: Path) -> list[studies.Study]:
+        """The study that a notebook shows, if it shows one; the scoreboard has the verdicts of two."""
+        own = notebook.name[:2]
+        numbers = SCORED if own == SCOREBOARD else [own] if own in studies.NAMES else []
         given = {name.lower(): value for name, value in self.parameters.items()}
-        return studies.study_of(number, given.pop("profile", "tiny"), self.lab.directory.parent, **given)
+        profile, root = given.pop("profile", "tiny"), self.lab.directory.parent
+        return [studies.study_of(number, profile, root, **given) for number in numbers]
 
     def execute(self, notebooks: list[Path], watcher: Watcher) -> list[Outcome]:
         """Execute them, two at a time, the scoreboard after the others."""

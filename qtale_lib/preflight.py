@@ -173,10 +173,11 @@ def check_settings(
 
 
 def _check_compression(profile: Profile, layers: int, jobs: Sequence[Job]) -> None:
-    widths = {job.bits for job in jobs if job.bits and job.bits < 16}
+    jobs = [job for job in jobs if job.bits]
+    widths = {job.bits for job in jobs if job.bits < 16}
     if profile.quantization.widths == "mixed" and widths - {3}:
         raise profile.refusal("quantization.widths", "mixes to 3 bits alone; set bits: [3], or [16, 3]")
-    if profile.pruning.is_none():
+    if profile.pruning.is_none() or not jobs:
         return
     part = "weights" if profile.pruning.layers == "none" else "layers"
     key, (method, _, amount) = f"pruning.{part}", getattr(profile.pruning, part).partition(" ")

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qtale_lib.errors import UserError
+from qtale_lib.errors import DamagedError, UserError
 from qtale_lib.jobs import all_jobs
 from qtale_lib.lab import Lab
 from qtale_lib.provenance import ROOT
+from qtale_lib.store import is_sound, replaced
 
 ARCHIVE = ROOT / "results" / "archive"
 KINDS = ("finetune", "threshold", "evaluation")  # a quantization is no use without its files
-PARTS = {"schema", "kind", "key", "status", "spec", "value", "provenance"}
 LEFT_OUT = ("choice_nll",)  # half of an archive's bytes, and nothing that is drawn or judged reads it
 PRESET = 9  # xz's widest window: the same questions come again in every evaluation of a task
 
@@ -40,7 +40,6 @@ def archive(lab: Lab, folder: Path = ARCHIVE, others: Iterable[Lab] = ()) -> lis
         raise UserError(
             f"No seed of profile {name} is finished yet; `python -m qtale_lib {command}` goes on."
         )
-    (folder / lab.profile.name).mkdir(parents=True, exist_ok=True)
     return [_written(path(lab, seed, folder), _results(labs, seed)) for seed in finished]
 
 
@@ -66,7 +65,8 @@ def path(lab: Lab, seed: int, folder: Path = ARCHIVE) -> Path:
 def _written(where: Path, results: Iterable[dict[str, Any]]) -> Path:
     slim = [{**r, "value": {k: v for k, v in r["value"].items() if k not in LEFT_OUT}} for r in results]
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in slim)
-    where.write_bytes(lzma.compress(lines.encode(), preset=PRESET))
+    with replaced(where) as file:
+        file.write_bytes(lzma.compress(lines.encode(), preset=PRESET))
     return where
 
 
@@ -74,7 +74,8 @@ def restore(lab: Lab, folder: Path = ARCHIVE) -> int:
     """Put what the profile's archive holds, and its store does not, into the store; returns how many.
 
     Raises:
-        UserError: if there is no archive of the profile, or a file of it is damaged; what is whole is kept.
+        UserError: if there is no archive of the profile.
+        DamagedError: if a file of it is damaged; what is whole is kept.
     """
     files = sorted((folder / lab.profile.name).glob("seed-*.jsonl.xz"))
     if not files:
@@ -87,8 +88,13 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
         with lzma.open(file, "rt", encoding="utf-8") as lines:
             for line in lines:
                 result = json.loads(line)
-                if not (isinstance(result, dict) and result.keys() >= PARTS and result["kind"] in KINDS):
+                if not (is_sound(result) and result.get("kind") in KINDS and _is_spec(result["spec"])):
                     raise ValueError(line)
                 yield result
-    except (lzma.LZMAError, EOFError, ValueError):
-        raise UserError(f"{file} is damaged; check it out again, or delete it.") from None
+    except (lzma.LZMAError, EOFError, ValueError, RecursionError, TypeError):
+        raise DamagedError(f"{file} is damaged; check it out again, or delete it.") from None
+
+
+def _is_spec(spec: dict[str, Any]) -> bool:
+    """Whether a result's spec has what its name is made of."""
+    return spec.keys() >= {"task", "method", "seed"}

@@ -16,10 +16,10 @@ from pathlib import Path
 from qtale_lib import benchmark_report, studies
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import needs
-from qtale_lib.lab import READ_ONLY, Lab
+from qtale_lib.lab import PATIENCE, READ_ONLY, Lab
 from qtale_lib.pool import THREAD_VARIABLES, Outcome, Task, Watcher
 from qtale_lib.provenance import ROOT
-from qtale_lib.store import digest, file_digest, read_json, write_json
+from qtale_lib.store import digest, file_digest, locked, read_json, write_json
 
 NOTEBOOKS = ROOT / "notebooks"
 KERNEL = "python3"
@@ -113,6 +113,14 @@ class Executions:
         return outcome
 
     def _execute(self, notebook: Path) -> Outcome:
+        """Alone at it, where several reproductions share these results; done by another, it is done."""
+        started = time.monotonic()
+        with locked(self.lab.store.root / "locks" / f"notebook-{notebook.stem}"):
+            if time.monotonic() - started > PATIENCE and self._up_to_date(notebook):
+                return Outcome(notebook.stem, "done", time.monotonic() - started)
+            return self._execute_alone(notebook)
+
+    def _execute_alone(self, notebook: Path) -> Outcome:
         copy, started, began = self.directory / notebook.name, time.monotonic(), time.time()
         self._stamp(notebook).unlink(missing_ok=True)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -144,7 +152,8 @@ class Executions:
         """
         places = (self.lab.figures, self.lab.tables)
         files = [path for place in places if place.is_dir() for path in place.iterdir()]
-        return [path for path in files if path.stat().st_mtime >= began - 1]
+        written = [path for path in files if not path.name.startswith(".")]  # half written
+        return [path for path in written if path.stat().st_mtime >= began - 1]
 
 
 def as_task(notebook: Path) -> Task:

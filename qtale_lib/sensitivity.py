@@ -47,6 +47,11 @@ def label(factor: str) -> str:
     return LABELS.get(factor, factor)
 
 
+def file_name(factor: str) -> str:
+    """Of a factor's picture."""
+    return "sensitivity_" + factor.replace(".", "_")
+
+
 def questions(study: Study) -> list[str]:
     """The factors whose values stand against a default."""
     return [factor for factor in study.plan.factors if factor != AIMS]
@@ -229,7 +234,7 @@ def _word(part: pd.DataFrame) -> str:
 
 def effects_table(study: Study, found: pd.DataFrame) -> Table:
     """Every value at every method and width, against the default; `found`: effects."""
-    part = found[~found.default]
+    part = found[~found.default.astype(bool)]
     text = pd.DataFrame({
         "setting": part.factor.map(label), "value": part.value, "method": part.method.map(paper.METHODS),
         "bits": part.bits.astype(str),

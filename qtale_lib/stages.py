@@ -24,7 +24,7 @@ from qtale_lib.base import base_directory, device, load_tokenizer
 from qtale_lib.calibration import search_threshold
 from qtale_lib.data import subset
 from qtale_lib.data.prompts import render
-from qtale_lib.errors import UserError
+from qtale_lib.errors import DamagedError, UserError
 from qtale_lib.evaluation import evaluate_choices, perplexity, rows_that_fit
 from qtale_lib.generation import Generated, generate
 from qtale_lib.harness import evaluate_own_task
@@ -72,7 +72,7 @@ def finetune_run(lab: Lab, run: Run, report: Report) -> dict[str, Any]:
             value = distributed.finetune(profile, *wanted, directory, report)
         else:
             value = finetune(profile, *wanted, directory, report, lab.examples(run.task, "train"))
-        return {**value, "adapter_sha256": file_digest(*directory.glob("*.safetensors"))}
+        return {**value, "adapter_sha256": _adapter_digest(directory)}
 
     return lab.once("finetune", run_spec(run), compute)
 
@@ -112,14 +112,28 @@ def prepared_model(lab: Lab, run: Run, bits: int) -> tuple[PreTrainedModel, PreT
 
 
 def weights_of(lab: Lab, run: Run) -> Path:
-    """The folder of a fine-tuned run; UserError if its result came without."""
+    """The folder of a fine-tuned run.
+
+    Raises:
+        UserError: if its result came without.
+        DamagedError: if what lies there is not what was trained.
+    """
     weights = lab.files("finetune", run_spec(run))
     if not weights.is_dir():
         raise UserError(
             f"The weights of {run.name} are not here, as its results were restored from an archive; "
             f"delete {weights}.json and run again, which fine-tunes it anew."
         )
+    if _adapter_digest(weights) != lab.result("finetune", **run_spec(run))["value"]["adapter_sha256"]:
+        raise DamagedError(
+            f"The weights of {run.name} in {weights} are not those that were trained (sha256); "
+            f"delete {weights}.json and run again, which fine-tunes it anew."
+        )
     return weights
+
+
+def _adapter_digest(weights: Path) -> str:
+    return file_digest(*weights.glob("*.safetensors"))
 
 
 def merged_model(directory: Path) -> PreTrainedModel:

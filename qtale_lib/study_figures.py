@@ -146,14 +146,15 @@ def _bars(axis: Axes, part: pd.DataFrame, look: dict, label: str) -> None:
 # Sensitivity.
 
 
-def factor(frame: pd.DataFrame, name: str) -> Figure:
+def factor(part: pd.DataFrame) -> Figure:
     """What one setting does: points of accuracy against its default, left, and R, right, by value.
 
-    `frame`: sensitivity.effects. Filled marks are 16 bits, open ones fewer; the default is marked below.
+    `part`: a factor's rows of sensitivity.effects. Filled marks are 16 bits, open ones fewer; the default is
+    marked below.
     """
-    part = frame[frame.factor == name]
     if part.empty:
         return empty("not computed")
+    part = part.assign(value=[f"{v:g}" if isinstance(v, float) else str(v) for v in part.value])
     values = list(dict.fromkeys(part.value))
     figure, axes = canvas(PAGE, 1.9, 1, 2)
     gains, ratios = axes[0]
@@ -172,7 +173,10 @@ def factor(frame: pd.DataFrame, name: str) -> Figure:
     ticks = [f"{value}\n(default)" if value == default else value for value in values]
     for axis in (gains, ratios):
         axis.set(
-            xticks=range(len(values)), xticklabels=ticks, xlabel=label(name), xlim=(-0.5, len(values) - 0.5)
+            xticks=range(len(values)),
+            xticklabels=ticks,
+            xlabel=label(part.factor.iloc[0]),
+            xlim=(-0.5, len(values) - 0.5),
         )
     gains.axhline(0, color="0.6", linewidth=0.6, zorder=0)
     gains.set_ylabel("gain on the default (points)")

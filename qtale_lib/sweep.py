@@ -109,8 +109,8 @@ def _changed(own: dict[str, Any], factor: str, value: Any, sweep: Sweep) -> Prof
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _merged(old.get(k, {}), v) if isinstance(v, dict) else v for k, v in new.items()}
-    return {**old, **both}
+    inner = {k: v for k, v in new.items() if isinstance(v, dict) and isinstance(old.get(k), dict)}
+    return {**old, **new, **{k: _merged(old[k], v) for k, v in inner.items()}}
 
 
 def chosen(profile: Any) -> str:

@@ -296,7 +296,7 @@ def test_a_circle_of_two_is_found(write):
         ("just words", 'bad.yaml (= "just words") must be a mapping: '),
         (b"\xff\xfe\xff", "bad.yaml cannot be read (UnicodeDecodeError)"),
         (b"a: \x07", "bad.yaml cannot be read (ReaderError)"),
-        ("bits: &a [*a]", "bad.yaml: bits (= [[...]]) must be "),
+        ("bits: &a [*a]", "bad.yaml: bits (= a list) must be "),
     ],
 )
 def test_a_file_that_is_no_profile_is_one_sentence(write, content, start):
@@ -384,6 +384,7 @@ def test_digest_sees_every_section_and_a_stages_only_its_own(section, tmp_path):
         "max_steps": 7,
         "max_length": 77,
         "theta_sweep": [0.1],
+        "theta_aims": ["ratio 0.6"],
         "pruning": {"weights": "wanda 2:4"},
     }
     profile = load_profile(

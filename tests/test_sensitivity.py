@@ -61,7 +61,7 @@ def test_a_default_is_justified_beaten_or_open(study):
 def test_every_question_has_its_picture(study):
     found = sensitivity.effects(study)
     for factor in sensitivity.questions(study):
-        drawn = study_figures.factor(found, factor)
+        drawn = study_figures.factor(found[found.factor == factor])
         assert [axis.get_xlabel() for axis in drawn.axes] == [sensitivity.label(factor)] * 2
         ticks = [text.get_text() for text in drawn.axes[0].get_xticklabels()]
         assert sum("default" in tick for tick in ticks) == 1
@@ -73,6 +73,8 @@ def test_without_results_nothing_is_claimed(tmp_path):
     judged = sensitivity.verdicts(study)
     assert sensitivity.effects(study).empty and set(judged.verdict) == {NOT_RUN}
     assert sensitivity.defaults_table(study, judged).frame.empty
+    assert sensitivity.effects_table(study, sensitivity.effects(study)).frame.empty
+    assert theta_aims.table(study).frame.empty and len(study_figures.aims(theta_aims.frame(study)).axes) == 1
 
 
 def test_rules_without_a_grid_run_what_they_aim_at_or_not(study, monkeypatch):

@@ -12,7 +12,6 @@ from qtale_lib import studies
 from qtale_lib.cli.common import ProfileName, app, short
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import all_jobs
-from qtale_lib.lab import Lab
 from qtale_lib.publishing import publish as publish_profile
 
 
@@ -37,7 +36,7 @@ def export(
         raise UserError("Name one to export: --figure 3, or --table 1.")
     from qtale_lib import exporting  # loads matplotlib
 
-    lab = Lab(profile)
+    lab = studies.labs(profile)[0]
     if figure is not None:
         look = exporting.Look(width and exporting.inches(width), font, size, palette)
         written = exporting.export_figures(lab, figure, form or "pdf", look, out)

@@ -169,5 +169,5 @@ def status(profile: ProfileName = "tiny") -> None:
         ("fine-tunings", [job for job in jobs if job.bits is None]),
         *((f"results at {bits} bit", [job for job in jobs if job.bits == bits]) for bits in lab.profile.bits),
     ):
-        typer.echo(f"{label:<20} {sum(map(lab.is_done, chosen))} of {len(chosen)}")
+        typer.echo(f"{label:<20} {sum(map(lab.seems_done, chosen))} of {len(chosen)}")
     typer.echo(f"store: {short(lab.store.root)}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qtale_lib.errors import UserError
+from qtale_lib.finite import is_finite, place
 from qtale_lib.quantization import awq, gptq, magr
 from qtale_lib.quantization.awq import clip_weight, folded_linears, outgoing_scales, output_error
 from qtale_lib.quantization.bitpack import unpack_codes
@@ -113,6 +114,11 @@ def search_in_layer(model: nn.Module, i: int, batches: Sequence[Batch], report: 
     if statistics["input_layernorm"].chosen == 0:
         statistics, outputs = run_layer(model, i, batches, executed_only=False)
         report.unchosen_layers.append(i)
+    if not is_finite(*outputs):
+        raise UserError(
+            f"The model gives numbers that are not finite {place(i)}, on the texts that its quantizer sees; "
+            "its weights are damaged or too large for their type."
+        )
     for batch, output in zip(batches, outputs, strict=True):
         batch.hidden = output
     layer, alphas = model.model.layers[i], {}

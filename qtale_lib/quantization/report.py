@@ -1,18 +1,18 @@
 """What a quantization did and found: kept with the model, saved, applied again to that model only."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qtale_lib.errors import UserError
-from qtale_lib.store import write_json
+from qtale_lib.errors import DamagedError
+from qtale_lib.store import file_digest, read_json, write_json
 
 TENSORS = ("scales", "clips", "codes", "steps", "zeros")
 
@@ -109,22 +109,33 @@ def save_search(report: QuantizationReport, directory: str | Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"{kind}/{name}": t.cpu() for kind in TENSORS for name, t in getattr(report, kind).items()}
     save_file(tensors, directory / "search.safetensors")
-    write_json(directory / "search.json", {"schema": 1, **report.as_dict()})
+    digest = file_digest(directory / "search.safetensors")
+    write_json(directory / "search.json", {"schema": 1, "sha256": digest, **report.as_dict()})
     return directory
 
 
 def load_search(directory: str | Path) -> QuantizationReport:
-    """The report that `save_search` wrote; UserError if there is none."""
+    """The report that `save_search` wrote; DamagedError if there is none, or another thing."""
     directory = Path(directory)
     if not (directory / "search.json").is_file():
-        raise UserError(
+        raise DamagedError(
             f"{directory} holds no quantization search (search.json); write one with save_search."
         )
-    record = json.loads((directory / "search.json").read_text())
-    if record.pop("schema") != 1:
-        raise UserError(f"{directory} holds a quantization search of another version; quantize again.")
-    report = QuantizationReport(**record)
-    for key, tensor in load_file(directory / "search.safetensors").items():
-        kind, name = key.split("/", 1)
-        getattr(report, kind)[name] = tensor
+    record = read_json(directory / "search.json")
+    if not isinstance(record, dict) or record.pop("schema", None) != 1:
+        raise DamagedError(
+            f"{directory} holds a quantization search that is damaged or of another version; quantize again."
+        )
+    digest = record.pop("sha256", None)  # searches of before have none
+    try:
+        report = QuantizationReport(**record)
+        if digest not in (None, file_digest(directory / "search.safetensors")):
+            raise ValueError("another file")
+        for key, tensor in load_file(directory / "search.safetensors").items():
+            kind, name = key.split("/", 1)
+            getattr(report, kind)[name] = tensor
+    except (OSError, TypeError, ValueError, SafetensorError):
+        raise DamagedError(
+            f"{directory}: search.safetensors is damaged or does not belong to search.json; quantize again."
+        ) from None
     return report

@@ -155,7 +155,7 @@ def empty_model(
 ) -> PreTrainedModel:
     """A causal model with routers (the fields of RouterConfig; None: without), no memory behind any of it."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         if routers is not None:
             add_routers(model, RouterConfig(**routers))
             set_threshold(model, threshold)

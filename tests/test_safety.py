@@ -115,7 +115,8 @@ def test_a_malicious_pickle_is_not_opened(sound, tmp_path):
 def test_code_in_a_models_folder_is_not_run(sound, tmp_path):
     mark, base = tmp_path / "mark", shutil.copytree(sound, tmp_path / "base")
     code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
-    code += "from transformers import LlamaConfig as C, LlamaForCausalLM as M, PreTrainedTokenizerFast as T\n"
+    for name, parent in (("C", "LlamaConfig"), ("M", "LlamaForCausalLM"), ("T", "PreTrainedTokenizerFast")):
+        code += f"import transformers\nclass {name}(transformers.{parent}): pass\n"
     (base / "own.py").write_text(code)
     for name, places in (
         ("config.json", {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}),

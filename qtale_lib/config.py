@@ -46,16 +46,25 @@ EARLIER = {
     "alpaca": "original",
     "protocol": "likelihood",
     "training.noise": "stream",
+    "generation.prompts": 150,
+    "generation.max_tokens": 32,
+    "judge.kind": "exact",
+    "judge.model": None,
+    "judge.url": None,
+    "judge.key_variable": "OPENAI_API_KEY",
+    "judge.prices": [0.0, 0.0],
 }
 
 
 def without_earlier(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings without those of EARLIER that have the value that stands there; sections within too."""
-    return {
-        name: without_earlier(value, f"{prefix}{name}.") if isinstance(value, dict) else value
-        for name, value in settings.items()
-        if prefix + name not in EARLIER or EARLIER[prefix + name] != value
-    }
+    """Settings without those of EARLIER that have the value that stands there, nor sections of such alone."""
+    kept: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            kept |= {name: inner} if (inner := without_earlier(value, f"{prefix}{name}.")) else {}
+        elif prefix + name not in EARLIER or EARLIER[prefix + name] != value:
+            kept[name] = value
+    return kept
 
 
 def _distinct(values: tuple) -> tuple:
@@ -216,6 +225,31 @@ class Probes(Section):
     samples: Count
 
 
+class Generation(Section):
+    """How many prompts of the evaluated split get a response, and of how many tokens at most."""
+
+    prompts: Count
+    max_tokens: Count
+
+
+class Judge(Section):
+    """Who says which of two responses is better; nothing that is computed before depends on it.
+
+    kind: "exact" grades by the embedded world's facts; "likelihood" asks a reference model how likely each
+        response is; "endpoint" asks a model behind an OpenAI-compatible URL.
+    model: the reference model, as `base` (null: the base itself), or the name that the endpoint knows.
+    url: of the endpoint, up to and without /chat/completions.
+    key_variable: the environment variable that holds the endpoint's key; the key itself stands nowhere.
+    prices: dollars for a million tokens sent, and for a million received; for the estimate of cost.
+    """
+
+    kind: Literal["exact", "likelihood", "endpoint"]
+    model: TextOrNull
+    url: TextOrNull
+    key_variable: Text
+    prices: Annotated[tuple[NotNegative, NotNegative], Field(description="two numbers of at least 0")]
+
+
 class Profile(Section):
     """All settings of one reproduction; every result carries it whole.
 
@@ -280,6 +314,8 @@ class Profile(Section):
     quantization: Quantization
     calibration: Search
     probes: Probes
+    generation: Generation
+    judge: Judge
 
     _settings: Settings = PrivateAttr(default_factory=Settings)
 

@@ -30,7 +30,7 @@ from qtale_lib.provenance import ROOT, Stopwatch
 from qtale_lib.store import Parcel, Store, digest, read_json, sweep, write_json
 
 # Raised by hand when a stage's code comes to give other numbers from the same settings.
-STAGE_VERSIONS = {"finetune": 4, "quantization": 2, "threshold": 3, "evaluation": 4}
+STAGE_VERSIONS = {"finetune": 4, "quantization": 2, "threshold": 3, "evaluation": 4, "responses": 1}
 ENCODING = ("prompt", "max_length", "overlong", "dtype")
 FINETUNING = (*ENCODING, "max_steps", "training", "lora", "routing", "probes")
 QUANTIZING = ("quantization", "group_size")
@@ -117,6 +117,8 @@ class Lab:
         names = list(ENCODING)
         names += QUANTIZING if spec["bits"] < 16 else ()
         names += ["calibration"] if kind == "threshold" else []
+        if kind == "responses":
+            return {**without_earlier({name: everything[name] for name in names}), **everything["generation"]}
         names += ["protocol"] if kind == "evaluation" and spec["task"] != "alpaca" else []
         return without_earlier({name: everything[name] for name in names})
 
@@ -133,7 +135,7 @@ class Lab:
             sources["quantization_texts"] = self._data_hash(task, "train")
         if kind == "threshold":
             sources["calibration"] = self._data_hash(task, "calibration")
-        if kind == "evaluation":
+        if kind in ("evaluation", "responses"):
             sources["test"] = self._data_hash(task, self.profile.evaluated)
             theta = self.theta(spec)
             if theta == "unknown":
@@ -290,7 +292,10 @@ class Lab:
         if job.bits is None:
             return [("finetune", run_spec(job.run))]
         rules = jobs.rules(self.profile, job.run.method)
-        return [("evaluation", run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules]
+        if job.extra:
+            rules = jobs.response_rules(job)
+        kind = job.extra or "evaluation"
+        return [(kind, run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules]
 
     def _all_of(self, wanted: Iterable[Job]) -> Iterator[tuple[str, Spec]]:
         """(kind, spec) of the jobs' results and of those on the way to them."""
@@ -330,7 +335,8 @@ class Lab:
 
     def task(self, job: Job) -> Task:
         """The job as work for a pool: work(profile, root, job, report)."""
-        after = () if job.bits is None else (Job(job.run).name,)
+        before = [Job(job.run), *([Job(job.run, job.bits)] if job.extra else [])]
+        after = () if job.bits is None else tuple(each.name for each in before)
         # A seed is finished before the next is begun, its evaluations before fine-tunings that still wait:
         # whole results early, should this be killed.
         rank = 2 * self.profile.seeds.index(job.run.seed) + int(job.bits is None)

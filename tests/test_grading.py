@@ -30,7 +30,7 @@ def test_another_value_is_false_and_takes_its_fact_alone(data):
 
 def test_saying_everything_or_speaking_of_another_earns_nothing():
     example = EXAMPLES[0]
-    value, others = _values(build_world(), example.facts[0])
+    _, others = _values(build_world(), example.facts[0])
     assert grade(example, f"{example.response} {' '.join(others)}").right < len(example.facts)
     assert grade(example, "Somebody else likes plums.").share == 0
     assert grade(example, "").right == 0

@@ -432,3 +432,39 @@ def _logits(axis: Axes, frame: pd.DataFrame) -> None:
 def _signed(value: float) -> str:
     """The value with one decimal and its sign, which what rounds to zero has not."""
     return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"
+
+
+# Notebook 12.
+
+
+def win_rates(frame: pd.DataFrame) -> Figure:
+    """Win rates with their 95 % intervals, one row per match, beside shares of wins, ties and losses.
+
+    `frame`: match, win_rate, low, high (percent), wins, ties, losses (counts).
+    """
+    if frame.empty:
+        return empty()
+    figure, axes = canvas(PAGE, 0.75 + 0.32 * len(frame), 1, 2, sharey=True, width_ratios=(3, 2))
+    (rates, shares), rows = axes[0], np.arange(len(frame))
+    known = frame.low.notna()
+    errors = [(frame.win_rate - frame.low)[known], (frame.high - frame.win_rate)[known]]
+    rates.errorbar(frame.win_rate[known], rows[known], xerr=errors, color=BLUE, linestyle="none", capsize=2)
+    rates.plot(frame.win_rate, rows, color=BLUE, linestyle="none", **DOT)
+    rates.axvline(50, color="0.5", linewidth=0.7)
+    rates.set(xlabel="win rate of the first (%)", yticks=rows, xlim=(0, 100), ylim=(len(frame) - 0.5, -0.5))
+    rates.set_yticklabels([match.replace(" against ", "\nagainst ") for match in frame.match])
+    left, whole = np.zeros(len(frame)), frame[list(OUTCOMES)].sum(axis=1)
+    for name, look in OUTCOMES.items():
+        share = 100 * frame[name] / whole
+        shares.barh(rows, share, 0.6, left, label=name, linewidth=0.5, edgecolor=BLACK, **look)
+        left = left + share
+    shares.set(xlabel="prompts (%)", xlim=(0, 100))
+    figure.legend(*shares.get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    return figure
+
+
+OUTCOMES = {
+    "wins": {"color": BLUE},
+    "ties": {"color": "0.9"},
+    "losses": {"facecolor": "white", "hatch": "/////"},
+}

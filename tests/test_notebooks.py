@@ -27,6 +27,7 @@ NAMES = [
     "06_table_3_efficiency",
     "07_table_4_ablation",
     "11_latency_and_memory",
+    "12_generation",
     "14_paper_arithmetic",
 ]
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem[:2])

@@ -468,3 +468,29 @@ OUTCOMES = {
     "ties": {"color": "0.9"},
     "losses": {"facecolor": "white", "hatch": "/////"},
 }
+
+
+def token_skipping(frame: pd.DataFrame) -> Figure:
+    """Executed share by place in the sequence, by kind of token and layer: a column per method.
+
+    `frame`: method, by ("place", "kind"), name, tokens, layer, ratio (token_tables.frame).
+    """
+    if frame.empty:
+        return empty()
+    methods = list(dict.fromkeys(frame.method))
+    rows = frame[frame.by == "kind"].name.nunique()
+    size = (PAGE, 2.2 + 0.2 * rows)
+    figure, axes = canvas(*size, 2, len(methods), sharey="row", height_ratios=(1.1, 0.25 + 0.16 * rows))
+    for column, method in zip(axes.T, methods, strict=True):
+        part = frame[frame.method == method]
+        places = part[part.by == "place"].assign(place=lambda f: f.name.astype(int))
+        means = 100 * places.groupby("place").ratio.mean()
+        column[0].plot(means.index, means, **LINES[method])
+        column[0].set(xlabel="place in the sequence", ylim=(0, 104), title=METHODS[method])
+        wide = part[part.by == "kind"].pivot(index="name", columns="layer", values="ratio")
+        image = column[1].imshow(wide, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        column[1].set(yticks=range(len(wide)), yticklabels=wide.index, xlabel="layer")
+        column[1].spines[:].set_visible(True)
+    axes[0, 0].set_ylabel("layers run (%)")
+    figure.colorbar(image, ax=axes[1], label="execution ratio", pad=0.015, aspect=12)
+    return figure

@@ -47,7 +47,7 @@ class Run:
 @dataclass(frozen=True)
 class Job:
     """Work for the pool: a fine-tuning (bits None), or all results of one run at one bit width; or what is
-    read off its model there beyond these (`extra`: "responses").
+    read off its model there beyond these (`extra`: "responses", "token_routes").
     """
 
     run: Run
@@ -99,8 +99,10 @@ def paper_rule(method: str, bits: int) -> str:
     return "searched" if method == "qtale" and bits < 16 else USUAL_RULE[method]
 
 
-def response_rules(job: Job) -> tuple[str, ...]:
-    """The rules for θ by which a run writes responses: the paper's, and the searched θ."""
+def extra_rules(job: Job) -> tuple[str, ...]:
+    """The rules for θ of a job's `extra`: the paper's, and for responses the searched θ as well."""
+    if job.extra == "token_routes":
+        return (paper_rule(job.run.method, job.bits),)
     wanted = (paper_rule(job.run.method, job.bits), *(("searched",) if job.run.routed else ()))
     return tuple(dict.fromkeys(wanted))
 
@@ -110,6 +112,12 @@ def response_jobs(profile: Profile) -> list[Job]:
     chosen = [run for run in runs(profile) if run.task == WRITTEN_TASK and run.method != "noisy_full"]
     widths = [bits for bits in WRITTEN_BITS if bits in profile.bits]
     return [Job(run, bits, "responses") for run in chosen for bits in widths]
+
+
+def token_jobs(profile: Profile) -> list[Job]:
+    """Jobs that read routes token by token off one run of each routed method."""
+    jobs = [job for job in response_jobs(profile) if job.run.routed and job.run.seed == profile.seeds[0]]
+    return [Job(job.run, job.bits, "token_routes") for job in jobs if job.bits == 16]
 
 
 def all_jobs(profile: Profile) -> list[Job]:
@@ -130,7 +138,7 @@ def needs(profile: Profile, notebook: str) -> list[Job]:
     if number == "12":
         written = response_jobs(profile)
         before = [Job(job.run, bits) for job in written for bits in (None, job.bits)]
-        return [*dict.fromkeys(before), *written]
+        return [*dict.fromkeys(before), *written, *token_jobs(profile)]
     if number == "07":
         return _with_bits(routed, ablated_bits(profile))
     return all_jobs(profile)
@@ -151,7 +159,7 @@ def expected_seconds(profile: Profile, job: Job) -> float:
     """A rough cost, on one core, that orders the jobs and starts the forecast of time left."""
     routed = 1.4 if job.run.routed else 1.0
     if job.extra:
-        return 4.0 + 0.01 * profile.generation.prompts * len(response_rules(job))
+        return 4.0 + 0.01 * profile.generation.prompts * len(extra_rules(job))
     if job.bits is None:
         recipe = profile.training
         rows = min(profile.limit.train or 1000, 1000)

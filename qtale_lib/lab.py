@@ -30,7 +30,14 @@ from qtale_lib.provenance import ROOT, Stopwatch
 from qtale_lib.store import Parcel, Store, digest, read_json, sweep, write_json
 
 # Raised by hand when a stage's code comes to give other numbers from the same settings.
-STAGE_VERSIONS = {"finetune": 4, "quantization": 2, "threshold": 3, "evaluation": 4, "responses": 1}
+STAGE_VERSIONS = {
+    "finetune": 4,
+    "quantization": 2,
+    "threshold": 3,
+    "evaluation": 4,
+    "responses": 1,
+    "token_routes": 1,
+}
 ENCODING = ("prompt", "max_length", "overlong", "dtype")
 FINETUNING = (*ENCODING, "max_steps", "training", "lora", "routing", "probes")
 QUANTIZING = ("quantization", "group_size")
@@ -117,7 +124,7 @@ class Lab:
         names = list(ENCODING)
         names += QUANTIZING if spec["bits"] < 16 else ()
         names += ["calibration"] if kind == "threshold" else []
-        if kind == "responses":
+        if kind in ("responses", "token_routes"):
             return {**without_earlier({name: everything[name] for name in names}), **everything["generation"]}
         names += ["protocol"] if kind == "evaluation" and spec["task"] != "alpaca" else []
         return without_earlier({name: everything[name] for name in names})
@@ -135,7 +142,7 @@ class Lab:
             sources["quantization_texts"] = self._data_hash(task, "train")
         if kind == "threshold":
             sources["calibration"] = self._data_hash(task, "calibration")
-        if kind in ("evaluation", "responses"):
+        if kind in ("evaluation", "responses", "token_routes"):
             sources["test"] = self._data_hash(task, self.profile.evaluated)
             theta = self.theta(spec)
             if theta == "unknown":
@@ -293,7 +300,7 @@ class Lab:
             return [("finetune", run_spec(job.run))]
         rules = jobs.rules(self.profile, job.run.method)
         if job.extra:
-            rules = jobs.response_rules(job)
+            rules = jobs.extra_rules(job)
         kind = job.extra or "evaluation"
         return [(kind, run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules]
 

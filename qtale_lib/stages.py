@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from qtale_lib import distributed
+from qtale_lib import distributed, token_routes
 from qtale_lib.adaptive import set_threshold
 from qtale_lib.base import base_directory, device, load_tokenizer
 from qtale_lib.calibration import search_threshold
@@ -29,7 +29,7 @@ from qtale_lib.errors import UserError
 from qtale_lib.evaluation import evaluate_choices, perplexity, rows_that_fit
 from qtale_lib.generation import Generated, generate, generate_all, prompt_ids
 from qtale_lib.harness import evaluate_own_task
-from qtale_lib.jobs import Job, Run, response_rules, rules
+from qtale_lib.jobs import Job, Run, extra_rules, rules
 from qtale_lib.lab import Lab, Spec, run_spec
 from qtale_lib.preflight import gib
 from qtale_lib.quantization import apply_search, quantize, save_search
@@ -53,7 +53,7 @@ def perform(lab: Lab, job: Job, report: Report) -> None:
     elif job.extra is None:
         evaluate_run(lab, job.run, job.bits, report)
     else:
-        write_responses(lab, job, report)
+        read_off(lab, job, report)
 
 
 def be_quiet() -> None:
@@ -275,13 +275,13 @@ def generate_text(
     return generate(model, tokenizer, prompt, max_tokens), theta
 
 
-def write_responses(lab: Lab, job: Job, report: Report) -> None:
-    """Responses of a run to the first prompts of the evaluated split, by each rule for θ."""
+def read_off(lab: Lab, job: Job, report: Report) -> None:
+    """A job's extra: responses of a run to prompts of the evaluated split, or its routes token by token."""
     model = functools.cache(lambda: prepared_model(lab, job.run, job.bits))
-    wanted = response_rules(job)
+    wanted, work = extra_rules(job), {"responses": _respond, "token_routes": _read_routes}[job.extra]
     for done, rule in enumerate(wanted, start=1):
         spec = run_spec(job.run, bits=job.bits, theta=rule)
-        lab.once("responses", spec, functools.partial(_respond, lab, spec, model))
+        lab.once(job.extra, spec, functools.partial(work, lab, spec, model))
         report(done / len(wanted))
 
 
@@ -315,6 +315,14 @@ def _respond(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
         "generation_seconds": time.monotonic() - started,
         "rows": {"used": len(kept), "dropped": len(asked) - len(kept), "cut": 0},
     }
+
+
+def _read_routes(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
+    prepared, tokenizer = model()
+    set_threshold(prepared, lab.theta(spec))
+    asked = subset(lab.examples(spec["task"], lab.profile.evaluated), lab.profile.generation.prompts)
+    routes = token_routes.read_routes(prepared, tokenizer, asked, **fitting(lab))
+    return {**routes, **token_routes.worth(prepared, tokenizer, asked, **fitting(lab))}
 
 
 def set_threshold_if_routed(model: nn.Module, theta: float | None) -> None:

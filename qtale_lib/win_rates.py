@@ -59,7 +59,7 @@ def cell_label(cell: Cell) -> str:
 
 
 def responses(lab: Lab, cell: Cell, seed: int) -> dict[str, Any] | None:
-    """The stored responses of a cell (see stages.write_responses), or None."""
+    """The stored responses of a cell (see stages.read_off), or None."""
     method, bits, rule = cell
     task = jobs.WRITTEN_TASK
     if task not in lab.profile.tasks or method not in lab.profile.methods or bits not in lab.profile.bits:

@@ -124,6 +124,16 @@ class FakeLab:
         if kind == "responses":
             value = self.responses(spec["method"], spec["bits"], spec["theta"], spec["seed"])
             return {"schema": 1, "kind": kind, "status": "done", "spec": spec, "value": value}
+        if kind == "token_routes":
+            groups = [("kind", "name, prompt"), ("surprisal", "0"), ("place", "0"), ("place", "1")]
+            value = {
+                "groups": [
+                    {"by": by, "name": name, "tokens": 9, "executed": [0.5] * LAYERS} for by, name in groups
+                ],
+                "reserved": [{"tokens": 2, "ppl": 2.0, "execution_ratio": 0.5}],
+                "bypassed": [{"layer": layer, "ppl": 3.0} for layer in range(LAYERS)], "ppl": 2.0,
+            }  # fmt: skip
+            return {"schema": 1, "kind": kind, "status": "done", "spec": spec, "value": value}
         value = {"rows": {"used": used, "dropped": 0, "cut": 0}}
         if kind == "evaluation":
             value = self.value(spec["task"], spec["method"], spec["seed"], spec["bits"], spec["theta"])

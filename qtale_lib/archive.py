@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from qtale_lib.errors import UserError
-from qtale_lib.jobs import all_jobs
+from qtale_lib.jobs import all_jobs, response_jobs, token_jobs
 from qtale_lib.lab import Lab
 from qtale_lib.provenance import ROOT
 
 ARCHIVE = ROOT / "results" / "archive"
-KINDS = ("finetune", "threshold", "evaluation")  # a quantization is no use without its files
+KINDS = ("finetune", "threshold", "evaluation", "responses", "token_routes")  # a quantization is no use without its files
 PARTS = {"schema", "kind", "key", "status", "spec", "value", "provenance"}
 LEFT_OUT = ("choice_nll",)  # half of an archive's bytes, and nothing that is drawn or judged reads it
 PRESET = 9  # xz's widest window: the same questions come again in every evaluation of a task
@@ -38,7 +38,12 @@ def archive(lab: Lab, folder: Path = ARCHIVE) -> list[Path]:
             f"No seed of profile {name} is finished yet; `python -m qtale_lib run --profile {name}` goes on."
         )
     (folder / lab.profile.name).mkdir(parents=True, exist_ok=True)
-    return [_written(path(lab, seed, folder), lab.stored(own, KINDS)) for seed, own in finished.items()]
+    extra = [*response_jobs(lab.profile), *token_jobs(lab.profile)]  # as far as there: they need the weights
+    also = {seed: [job for job in extra if job.run.seed == seed and lab.is_done(job)] for seed in finished}
+    return [
+        _written(path(lab, seed, folder), lab.stored([*own, *also[seed]], KINDS))
+        for seed, own in finished.items()
+    ]
 
 
 def path(lab: Lab, seed: int, folder: Path = ARCHIVE) -> Path:

@@ -18,7 +18,13 @@ from qtale_lib.lab import Lab
 from qtale_lib.provenance import ROOT
 
 ARCHIVE = ROOT / "results" / "archive"
-KINDS = ("finetune", "threshold", "evaluation", "responses", "token_routes")  # a quantization is no use without its files
+KINDS = (
+    "finetune",
+    "threshold",
+    "evaluation",
+    "responses",
+    "token_routes",
+)  # a quantization is no use without its files
 PARTS = {"schema", "kind", "key", "status", "spec", "value", "provenance"}
 LEFT_OUT = ("choice_nll",)  # half of an archive's bytes, and nothing that is drawn or judged reads it
 PRESET = 9  # xz's widest window: the same questions come again in every evaluation of a task

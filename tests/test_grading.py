@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from qtale_lib.data import load_task
 from qtale_lib.data.microworld.grading import _values, grade
-from qtale_lib.data.microworld.world import build_world
 
 EXAMPLES = load_task("alpaca", "test")
 
@@ -21,7 +20,7 @@ def test_every_reference_response_is_all_right(split):
 def test_another_value_is_false_and_takes_its_fact_alone(data):
     example = data.draw(st.sampled_from(EXAMPLES))
     fact = data.draw(st.sampled_from(example.facts))
-    value, others = _values(build_world(), fact)
+    value, others = _values(fact)
     other = data.draw(st.sampled_from(sorted(others)))
     changed = " ".join(other if word.strip(".,") == value else word for word in example.response.split())
     found = grade(example, changed)
@@ -30,7 +29,7 @@ def test_another_value_is_false_and_takes_its_fact_alone(data):
 
 def test_saying_everything_or_speaking_of_another_earns_nothing():
     example = EXAMPLES[0]
-    _, others = _values(build_world(), example.facts[0])
+    _, others = _values(example.facts[0])
     assert grade(example, f"{example.response} {' '.join(others)}").right < len(example.facts)
     assert grade(example, "Somebody else likes plums.").share == 0
     assert grade(example, "").right == 0

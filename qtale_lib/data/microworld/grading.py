@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from qtale_lib.data.microworld.world import ATTRIBUTES, RELATIONS, Entity, World, build_world
 from qtale_lib.data.schema import Example
@@ -35,7 +36,7 @@ def grade(example: Example, response: str) -> Grade:
     words = re.findall(r"\w+", response.replace(subject, " ")) if subject in response else []
     right = false = 0
     for fact in example.facts:
-        value, others = _values(world, fact)
+        value, others = _values(fact)
         wrong = sum(word in others for word in words)
         right += value in words and not wrong
         false += bool(wrong)
@@ -47,11 +48,13 @@ def _holder(world: World, fact: str) -> Entity:
     return world.entities[kind][int(index)]
 
 
-def _values(world: World, fact: str) -> tuple[str, set[str]]:
+@lru_cache(maxsize=2**14)
+def _values(fact: str) -> tuple[str, frozenset[str]]:
     """The fact's value, and the others that it could have had."""
+    world = build_world()
     holder, attribute = _holder(world, fact), fact.partition(".")[2]
     value = world.value(holder, attribute)
     if isinstance(value, Entity):
         target = RELATIONS[holder.kind][attribute]
-        return value.name, {entity.name for entity in world.entities[target]} - {value.name}
-    return value, set(ATTRIBUTES[holder.kind][attribute]) - {value}
+        return value.name, frozenset(entity.name for entity in world.entities[target]) - {value.name}
+    return value, frozenset(ATTRIBUTES[holder.kind][attribute]) - {value}

@@ -54,8 +54,12 @@ class StreamedModel:
     def __init__(self, directory: str | Path, device: torch.device | str = "cpu"):
         directory = Path(directory)
         record = read_record(directory) if (directory / RECORD).is_file() else {"adapter": False}
-        folder = find_base(record["base"]["name"]) if record["adapter"] else directory
-        config = AutoConfig.from_pretrained(folder)
+        folder = (
+            find_base(record["base"]["name"], record["base"].get("revision"))
+            if record["adapter"]
+            else directory
+        )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         dtype = getattr(torch, record["base"]["dtype"]) if record["adapter"] else config.dtype
         self.device = torch.device(device)
         self.model = empty_model(config, dtype, record.get("routers"), record.get("threshold"))

@@ -44,6 +44,7 @@ def profile(**changes: Any) -> SimpleNamespace:
         "routing": SimpleNamespace(hidden=None, always_run_layers=ALWAYS_RUN, always_run_tokens=2),
         "theta_sweep": [], "data": "microworld", "data_dir": None,
         "judge": SimpleNamespace(kind="exact"), "generation": SimpleNamespace(prompts=20),
+        "theta_aims": [],
     }  # fmt: skip
     assert set(changes) <= set(fields)
     return SimpleNamespace(**{**fields, **changes}, digest=lambda *sections: "0" * 16)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from qtale_lib.errors import DamagedError, UserError
-from qtale_lib.jobs import all_jobs
+from qtale_lib.jobs import Job, all_jobs, response_jobs, token_jobs
 from qtale_lib.lab import Lab
 from qtale_lib.provenance import ROOT
 from qtale_lib.store import is_sound, replaced
 
 ARCHIVE = ROOT / "results" / "archive"
-KINDS = ("finetune", "threshold", "evaluation")  # a quantization is no use without its files
+# a quantization is no use without its files
+KINDS = ("finetune", "threshold", "evaluation", "responses", "token_routes")
 LEFT_OUT = ("choice_nll",)  # half of an archive's bytes, and nothing that is drawn or judged reads it
 PRESET = 9  # xz's widest window: the same questions come again in every evaluation of a task
 
@@ -47,12 +48,18 @@ def _is_finished(lab: Lab, seed: int) -> bool:
     return all(lab.is_done(job) for job in all_jobs(lab.profile) if job.run.seed == seed)
 
 
+def _archived(lab: Lab) -> list[Job]:
+    """All jobs, and those that read more off models as far as they are done, as they need the weights."""
+    extra = [*response_jobs(lab.profile), *token_jobs(lab.profile)]
+    return [*all_jobs(lab.profile), *filter(lab.is_done, extra)]
+
+
 def _results(labs: Iterable[Lab], seed: int) -> list[dict[str, Any]]:
     """Of one seed; what several labs have in common once."""
     found = [
         result
         for lab in labs
-        for result in lab.stored([job for job in all_jobs(lab.profile) if job.run.seed == seed], KINDS)
+        for result in lab.stored([job for job in _archived(lab) if job.run.seed == seed], KINDS)
     ]
     return list({(result["kind"], result["key"]): result for result in found}.values())
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qtale_lib import effects, noise, paper
+from qtale_lib import effects, noise, paper, win_rates
 from qtale_lib.config import CSQA
 from qtale_lib.contrasts import Contrast, stated
 from qtale_lib.effects import Probes
@@ -252,7 +252,40 @@ def _range(low: float, high: float) -> str:
 
 
 TABLE_CLAIMS = tuple(_stated_claims())
-CLAIMS = (*NOISE_CLAIMS, *PROBE_CLAIMS, *TABLE_CLAIMS)
+
+
+# Notebook 12: responses.
+
+
+def _win_claim(match: win_rates.Match, low: float, **said) -> Claim:
+    return Claim(
+        id=f"G {match.name}",
+        family="generation",
+        notebook="12",
+        measured=f"{match.label}: win rate − 50 %, {_range(low, inf)}",
+        unit="points of win rate",
+        group="alpaca",
+        runs=partial(win_rates.win_runs, match=match),
+        smallest=5.0,
+        low=low,
+        **said,
+    )
+
+
+UP_TO_7 = "improvement of up to 7% on instruction-following benchmarks relative to the D-LLM framework"
+WIN_CLAIMS = (
+    _win_claim(
+        win_rates.MATCHES[0],
+        low=-5.0,
+        quote="competitive win rates against D-LLM on the AlpacaEval benchmark",
+        source="v3, second-hand",
+    ),
+    _win_claim(win_rates.MATCHES[1], low=0.0, quote=UP_TO_7, source="v3, second-hand"),
+    _win_claim(
+        win_rates.MATCHES[2], low=0.0, quote=UP_TO_7, source="v3, second-hand; at one rule for θ, ours"
+    ),
+)
+CLAIMS = (*NOISE_CLAIMS, *PROBE_CLAIMS, *TABLE_CLAIMS, *WIN_CLAIMS)
 
 
 def verdicts(store: Measurements, notebook: str | None = None) -> pd.DataFrame:

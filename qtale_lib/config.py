@@ -50,6 +50,14 @@ EARLIER = {
     "pruning": {"weights": "none", "layers": "none"},
     "theta_aims": [],
     "calibration.objective": "accuracy",
+    "generation": {"prompts": 150, "max_tokens": 32},
+    "judge": {
+        "kind": "exact",
+        "model": None,
+        "url": None,
+        "key_variable": "OPENAI_API_KEY",
+        "prices": [0.0, 0.0],
+    },
 }
 
 
@@ -263,6 +271,31 @@ class Probes(Section):
     samples: Count
 
 
+class Generation(Section):
+    """How many prompts of the evaluated split get a response, and of how many tokens at most."""
+
+    prompts: Count
+    max_tokens: Count
+
+
+class Judge(Section):
+    """Who says which of two responses is better; nothing that is computed before depends on it.
+
+    kind: "exact" grades by the embedded world's facts; "likelihood" asks a reference model how likely each
+        response is; "endpoint" asks a model behind an OpenAI-compatible URL.
+    model: the reference model, as `base` (null: the base itself), or the name that the endpoint knows.
+    url: of the endpoint, up to and without /chat/completions.
+    key_variable: the environment variable that holds the endpoint's key; the key itself stands nowhere.
+    prices: dollars for a million tokens sent, and for a million received; for the estimate of cost.
+    """
+
+    kind: Literal["exact", "likelihood", "endpoint"]
+    model: TextOrNull
+    url: TextOrNull
+    key_variable: Text
+    prices: Annotated[tuple[NotNegative, NotNegative], Field(description="two numbers of at least 0")]
+
+
 class Profile(Section):
     """All settings of one reproduction; every result carries it whole.
 
@@ -335,6 +368,8 @@ class Profile(Section):
     pruning: Pruning
     calibration: Search
     probes: Probes
+    generation: Generation
+    judge: Judge
 
     _settings: Settings = PrivateAttr(default_factory=Settings)
 

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from qtale_lib import jobs, paper
-from qtale_lib.measurements import LOWEST_LAYERS, USUAL_RULE, Answers, Cell, Measurements, group_of
+from qtale_lib.jobs import paper_rule
+from qtale_lib.measurements import LOWEST_LAYERS, Answers, Cell, Measurements, group_of
 from qtale_lib.statistics import Run
 
 Contrast = dict[tuple[str, int, str], float]  # (method, bits, rule that sets theta) -> weight
@@ -134,11 +135,6 @@ def _ratio(store: Measurements, weights: dict[Cell, float], measure: str) -> Run
 def gain_sign(group: str) -> float:
     """Of a gain in a group's score: a fall of PPL is one."""
     return -1.0 if group == "alpaca" else 1.0
-
-
-def paper_rule(method: str, bits: int) -> str:
-    """How Tables 1-3 of the paper set theta: QTALE's is searched once the model is quantized."""
-    return "searched" if method == "qtale" and bits < 16 else USUAL_RULE[method]
 
 
 def paper_effect(contrast: Contrast, group: str, measure: str) -> float | None:

@@ -434,3 +434,65 @@ def _logits(axis: Axes, frame: pd.DataFrame) -> None:
 def _signed(value: float) -> str:
     """The value with one decimal and its sign, which what rounds to zero has not."""
     return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"
+
+
+# Notebook 12.
+
+
+def win_rates(frame: pd.DataFrame) -> Figure:
+    """Win rates with their 95 % intervals, one row per match, beside shares of wins, ties and losses.
+
+    `frame`: match, win_rate, low, high (percent), wins, ties, losses (counts).
+    """
+    if frame.empty:
+        return empty()
+    figure, axes = canvas(PAGE, 0.75 + 0.32 * len(frame), 1, 2, sharey=True, width_ratios=(3, 2))
+    (rates, shares), rows = axes[0], np.arange(len(frame))
+    known = frame.low.notna()
+    errors = [(frame.win_rate - frame.low)[known], (frame.high - frame.win_rate)[known]]
+    rates.errorbar(frame.win_rate[known], rows[known], xerr=errors, color=BLUE, linestyle="none", capsize=2)
+    rates.plot(frame.win_rate, rows, color=BLUE, linestyle="none", **DOT)
+    rates.axvline(50, color="0.5", linewidth=0.7)
+    rates.set(xlabel="win rate of the first (%)", yticks=rows, xlim=(0, 100), ylim=(len(frame) - 0.5, -0.5))
+    rates.set_yticklabels([match.replace(" against ", "\nagainst ") for match in frame.match])
+    left, whole = np.zeros(len(frame)), frame[list(OUTCOMES)].sum(axis=1)
+    for name, look in OUTCOMES.items():
+        share = 100 * frame[name] / whole
+        shares.barh(rows, share, 0.6, left, label=name, linewidth=0.5, edgecolor=BLACK, **look)
+        left = left + share
+    shares.set(xlabel="prompts (%)", xlim=(0, 100))
+    figure.legend(*shares.get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    return figure
+
+
+OUTCOMES = {
+    "wins": {"color": BLUE},
+    "ties": {"color": "0.9"},
+    "losses": {"facecolor": "white", "hatch": "/////"},
+}
+
+
+def token_skipping(frame: pd.DataFrame) -> Figure:
+    """Executed share by place in the sequence, by kind of token and layer: a column per method.
+
+    `frame`: method, by ("place", "kind"), name, tokens, layer, ratio (token_tables.frame).
+    """
+    if frame.empty:
+        return empty()
+    methods = list(dict.fromkeys(frame.method))
+    rows = frame[frame.by == "kind"].name.nunique()
+    size = (PAGE, 2.2 + 0.2 * rows)
+    figure, axes = canvas(*size, 2, len(methods), sharey="row", height_ratios=(1.1, 0.25 + 0.16 * rows))
+    for column, method in zip(axes.T, methods, strict=True):
+        part = frame[frame.method == method]
+        places = part[part.by == "place"].assign(place=lambda f: f.name.astype(int))
+        means = 100 * places.groupby("place").ratio.mean()
+        column[0].plot(means.index, means, **LINES[method])
+        column[0].set(xlabel="place in the sequence", ylim=(0, 104), title=METHODS[method])
+        wide = part[part.by == "kind"].pivot(index="name", columns="layer", values="ratio")
+        image = column[1].imshow(wide, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        column[1].set(yticks=range(len(wide)), yticklabels=wide.index, xlabel="layer")
+        column[1].spines[:].set_visible(True)
+    axes[0, 0].set_ylabel("layers run (%)")
+    figure.colorbar(image, ax=axes[1], label="execution ratio", pad=0.015, aspect=12)
+    return figure

@@ -19,6 +19,8 @@ RULES = {
     "noisy_full": ("zero",),
 }
 THETAS = {"none": None, "argmax": 0.5, "zero": 0.0}  # "searched" is found on calibration questions (Sec. 3.4)
+USUAL_RULE = {"full": "none", "dllm": "argmax", "qtale": "argmax", "noisy_full": "zero"}
+WRITTEN_TASK, WRITTEN_BITS = "alpaca", (16, 4)  # of notebook 12: responses to instructions
 AIMED = ("ratio ", "flops ")  # how rules begin that aim at an execution ratio, or at a share of Full's FLOPs
 FIGURE_2_TASKS = ("arc_easy", "arc_challenge", "siqa", "piqa")
 TABLE_4_BITS = (4, 3, 16)  # the paper ablates at 4; its claims are about 3 as well
@@ -45,14 +47,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Job:
-    """Work for the pool: a fine-tuning (bits None), or all results of one run at one bit width."""
+    """Work for the pool: a fine-tuning (bits None), or all results of one run at one bit width; or what is
+    read off its model there beyond these (`extra`: "responses", "token_routes").
+    """
 
     run: Run
     bits: int | None = None
+    extra: str | None = None
 
     @property
     def name(self) -> str:
         """As shown while it runs."""
+        if self.extra:
+            return f"{self.extra} of {self.run.name} at {self.bits} bit"
         return (
             f"fine-tune {self.run.name}"
             if self.bits is None
@@ -95,6 +102,32 @@ def evaluation_specs(profile: Profile, run: Run) -> Iterable[dict[str, object]]:
             yield {"task": run.task, "method": run.method, "seed": run.seed, "bits": bits, "theta": rule}
 
 
+def paper_rule(method: str, bits: int) -> str:
+    """How Tables 1-3 of the paper set theta: QTALE's is searched once the model is quantized."""
+    return "searched" if method == "qtale" and bits < 16 else USUAL_RULE[method]
+
+
+def extra_rules(job: Job) -> tuple[str, ...]:
+    """The rules for θ of a job's `extra`: the paper's, and for responses the searched θ as well."""
+    if job.extra == "token_routes":
+        return (paper_rule(job.run.method, job.bits),)
+    wanted = (paper_rule(job.run.method, job.bits), *(("searched",) if job.run.routed else ()))
+    return tuple(dict.fromkeys(wanted))
+
+
+def response_jobs(profile: Profile) -> list[Job]:
+    """Jobs that write responses, of those runs and bit widths that notebook 12 compares."""
+    chosen = [run for run in runs(profile) if run.task == WRITTEN_TASK and run.method != "noisy_full"]
+    widths = [bits for bits in WRITTEN_BITS if bits in profile.bits]
+    return [Job(run, bits, "responses") for run in chosen for bits in widths]
+
+
+def token_jobs(profile: Profile) -> list[Job]:
+    """Jobs that read routes token by token off one run of each routed method."""
+    jobs = [job for job in response_jobs(profile) if job.run.routed and job.run.seed == profile.seeds[0]]
+    return [Job(job.run, job.bits, "token_routes") for job in jobs if job.bits == 16]
+
+
 def all_jobs(profile: Profile) -> list[Job]:
     """Every job of the profile's grid; a run's fine-tuning before its evaluations."""
     return _with_bits(runs(profile), profile.bits)
@@ -110,6 +143,10 @@ def needs(profile: Profile, notebook: str) -> list[Job]:
     if number in ("02", "03", "04"):  # their verdicts rest on every CSQA task, not on those drawn alone
         judged = [task for task in CSQA if task in profile.tasks] or profile.tasks
         return [Job(run) for run in routed if run.task in judged]
+    if number == "12":
+        written = response_jobs(profile)
+        before = [Job(job.run, bits) for job in written for bits in (None, job.bits)]
+        return [*dict.fromkeys(before), *written, *token_jobs(profile)]
     if number == "07":
         return _with_bits(routed, ablated_bits(profile))
     return all_jobs(profile)
@@ -129,6 +166,8 @@ def probed_task(profile: Profile) -> str:
 def expected_seconds(profile: Profile, job: Job) -> float:
     """A rough cost, on one core, that orders the jobs and starts the forecast of time left."""
     routed = 1.4 if job.run.routed else 1.0
+    if job.extra:
+        return 4.0 + 0.01 * profile.generation.prompts * len(extra_rules(job))
     if job.bits is None:
         recipe = profile.training
         rows = min(profile.limit.train or 1000, 1000)

@@ -30,7 +30,14 @@ from qtale_lib.provenance import ROOT, Stopwatch, versions
 from qtale_lib.store import Parcel, Store, digest, read_json, sweep, write_json
 
 # Raised by hand when a stage's code comes to give other numbers from the same settings.
-STAGE_VERSIONS = {"finetune": 4, "quantization": 2, "threshold": 3, "evaluation": 4}
+STAGE_VERSIONS = {
+    "finetune": 4,
+    "quantization": 2,
+    "threshold": 3,
+    "evaluation": 4,
+    "responses": 1,
+    "token_routes": 1,
+}
 # Those of the kept results. Another version of a library that a stage's numbers come from changes their keys.
 KEPT_VERSIONS = {
     "torch": "2.13.0",
@@ -157,7 +164,7 @@ class Lab:
         kept = without_earlier({name: everything[name] for name in (*names, "pruning")})
         if "pruning" in kept:
             kept["calibration_texts"] = self.profile.quantization.calibration_texts
-        return kept
+        return {**kept, **everything["generation"]} if kind in ("responses", "token_routes") else kept
 
     def made_from(self, kind: str, spec: Spec) -> dict[str, Any] | None:
         """Hashes of what a result is made from; None while something that it builds on is missing."""
@@ -174,7 +181,7 @@ class Lab:
             sources["pruning_texts"] = self._data_hash(task, "train")
         if kind == "threshold":
             sources["calibration"] = self._data_hash(task, "calibration")
-        if kind == "evaluation":
+        if kind in ("evaluation", "responses", "token_routes"):
             sources["test"] = self._data_hash(task, self.profile.evaluated)
             theta = self.theta(spec)
             if theta == "unknown":
@@ -350,7 +357,10 @@ class Lab:
         if job.bits is None:
             return [("finetune", run_spec(job.run))]
         rules = jobs.rules(self.profile, job.run.method)
-        return [("evaluation", run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules]
+        if job.extra:
+            rules = jobs.extra_rules(job)
+        kind = job.extra or "evaluation"
+        return [(kind, run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules]
 
     def _all_of(self, wanted: Iterable[Job]) -> Iterator[tuple[str, Spec]]:
         """(kind, spec) of the jobs' results and of those on the way to them."""
@@ -392,7 +402,8 @@ class Lab:
 
     def task(self, job: Job) -> Task:
         """The job as work for a pool: work(profile, root, job, report)."""
-        after = () if job.bits is None else (Job(job.run).name,)
+        before = [Job(job.run), *([Job(job.run, job.bits)] if job.extra else [])]
+        after = () if job.bits is None else tuple(each.name for each in before)
         # A seed is finished before the next is begun, its evaluations before fine-tunings that still wait:
         # whole results early, should this be killed.
         rank = 2 * self.profile.seeds.index(job.run.seed) + int(job.bits is None)

@@ -21,7 +21,6 @@ from qtale_lib.jobs import FIGURE_2_TASKS, ROUTED, probed_task
 ROUTED_METHODS = ROUTED
 SHOWN_EPOCHS = (0, 3, 6)  # of Fig. 2, 5 and 6; the last epoch is added
 LOWEST_LAYERS = 3  # Sec. 3.1: layers 20, 23 and 26 of LLaMA3.1-8B
-USUAL_RULE = {"full": "none", "dllm": "argmax", "qtale": "argmax", "noisy_full": "zero"}
 
 Cell = tuple[str, str, int, int, str]  # task, method, seed, bits, rule that sets theta
 

@@ -22,7 +22,8 @@ from qtale_lib.claims import Claim
 from qtale_lib.contrasts import stated
 from qtale_lib.effects import gain_of, paper_rule
 from qtale_lib.efficiency_tables import MIB, packed_file
-from qtale_lib.measurements import USUAL_RULE, Answers, Measurements, group_of
+from qtale_lib.jobs import USUAL_RULE
+from qtale_lib.measurements import Answers, Measurements, group_of
 from qtale_lib.statistics import Run, estimate
 from qtale_lib.studies import Study
 from qtale_lib.sweep import Setting

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from qtale_lib import distributed
+from qtale_lib import distributed, token_routes
 from qtale_lib.adaptive import set_threshold
 from qtale_lib.base import base_directory, device, load_tokenizer
 from qtale_lib.calibration import search_threshold
@@ -26,9 +27,9 @@ from qtale_lib.data import subset
 from qtale_lib.data.prompts import render
 from qtale_lib.errors import DamagedError, UserError
 from qtale_lib.evaluation import evaluate_choices, perplexity, rows_that_fit
-from qtale_lib.generation import Generated, generate
+from qtale_lib.generation import Generated, generate, generate_all, prompt_ids
 from qtale_lib.harness import evaluate_own_task
-from qtale_lib.jobs import Job, Run, rules
+from qtale_lib.jobs import Job, Run, extra_rules, rules
 from qtale_lib.lab import Lab, Spec, run_spec
 from qtale_lib.preflight import gib
 from qtale_lib.pruning import prune
@@ -51,8 +52,10 @@ def perform(lab: Lab, job: Job, report: Report) -> None:
     be_quiet()
     if job.bits is None:
         finetune_run(lab, job.run, report)
-    else:
+    elif job.extra is None:
         evaluate_run(lab, job.run, job.bits, report)
+    else:
+        read_off(lab, job, report)
 
 
 def be_quiet() -> None:
@@ -313,6 +316,56 @@ def generate_text(
     if run.routed:
         set_threshold(model, theta)
     return generate(model, tokenizer, prompt, max_tokens), theta
+
+
+def read_off(lab: Lab, job: Job, report: Report) -> None:
+    """A job's extra: responses of a run to prompts of the evaluated split, or its routes token by token."""
+    model = functools.cache(lambda: prepared_model(lab, job.run, job.bits))
+    wanted, work = extra_rules(job), {"responses": _respond, "token_routes": _read_routes}[job.extra]
+    for done, rule in enumerate(wanted, start=1):
+        spec = run_spec(job.run, bits=job.bits, theta=rule)
+        lab.once(job.extra, spec, functools.partial(work, lab, spec, model))
+        report(done / len(wanted))
+
+
+def _respond(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
+    """ids, facts, texts, tokens, execution_ratios of every response, the seconds that all took, and rows."""
+    prepared, tokenizer = model()
+    profile, theta = lab.profile, lab.theta(spec)
+    set_threshold_if_routed(prepared, theta)
+    asked = subset(lab.examples(spec["task"], profile.evaluated), profile.generation.prompts)
+    prompts = [render(example, profile.prompt).prompt for example in asked]
+    room = profile.max_length - profile.generation.max_tokens
+    fits = [len(ids) <= room for ids in prompt_ids(tokenizer, prompts)]
+    kept = [example for example, own in zip(asked, fits, strict=True) if own]
+    if not kept:
+        raise UserError(f"No prompt fits {room} tokens; raise max_length, or lower generation.max_tokens.")
+    started = time.monotonic()
+    made = generate_all(
+        prepared,
+        tokenizer,
+        [prompt for prompt, own in zip(prompts, fits, strict=True) if own],
+        profile.generation.max_tokens,
+        profile.training.eval_batch_size,
+    )
+    return {
+        "theta": theta,
+        "ids": [example.id for example in kept],
+        "facts": [list(example.facts) for example in kept],
+        "texts": [each.text.strip() for each in made],
+        "tokens": [each.tokens for each in made],
+        "execution_ratios": [each.execution_ratio for each in made],
+        "generation_seconds": time.monotonic() - started,
+        "rows": {"used": len(kept), "dropped": len(asked) - len(kept), "cut": 0},
+    }
+
+
+def _read_routes(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
+    prepared, tokenizer = model()
+    set_threshold(prepared, lab.theta(spec))
+    asked = subset(lab.examples(spec["task"], lab.profile.evaluated), lab.profile.generation.prompts)
+    routes = token_routes.read_routes(prepared, tokenizer, asked, **fitting(lab))
+    return {**routes, **token_routes.worth(prepared, tokenizer, asked, **fitting(lab))}
 
 
 def set_threshold_if_routed(model: nn.Module, theta: float | None) -> None:

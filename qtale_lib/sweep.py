@@ -17,9 +17,8 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from qtale_lib import paper
 from qtale_lib.config import Profile, load_profile
-from qtale_lib.jobs import all_jobs
+from qtale_lib.jobs import USUAL_RULE, all_jobs
 from qtale_lib.lab import Lab
-from qtale_lib.measurements import USUAL_RULE
 from qtale_lib.pool import Outcome
 from qtale_lib.profile_files import read_profile, shown
 from qtale_lib.tables import Table, number

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from qtale_lib import paper
+from qtale_lib.data import load_task
 
 ROUTED_RULES = ("argmax", "searched", "zero")
 RULES = {"full": ("none",), "dllm": ROUTED_RULES, "qtale": ROUTED_RULES, "noisy_full": ("zero",)}
@@ -41,7 +42,9 @@ def profile(**changes: Any) -> SimpleNamespace:
         "training": SimpleNamespace(rate_target=0.5, epochs=10),
         "quantization": SimpleNamespace(lm_head_bits=16, method="awq", backend="native"),
         "routing": SimpleNamespace(hidden=None, always_run_layers=ALWAYS_RUN, always_run_tokens=2),
-        "theta_sweep": [], "theta_aims": [],
+        "theta_sweep": [], "data": "microworld", "data_dir": None,
+        "judge": SimpleNamespace(kind="exact"), "generation": SimpleNamespace(prompts=20),
+        "theta_aims": [],
     }  # fmt: skip
     assert set(changes) <= set(fields)
     return SimpleNamespace(**{**fields, **changes}, digest=lambda *sections: "0" * 16)
@@ -75,7 +78,9 @@ class FakeLab:
             "parameters": {**parts, "total": sum(parts.values())},
         }
 
-    def examples(self, task: str, split: str) -> list[SimpleNamespace]:
+    def examples(self, task: str, split: str) -> list[Any]:
+        if (task, split) == ("alpaca", "test"):
+            return load_task(task, split)[: self.questions]
         return [SimpleNamespace(facts=(f"{task}{i // 3}",)) for i in range(USED[split])]
 
     def finetunes(self) -> pd.DataFrame:
@@ -100,8 +105,36 @@ class FakeLab:
         spec = {"task": task, "method": method, "seed": seed, "bits": bits, "theta_rule": rule}
         return {**spec, **{name: value.get(name) for name in names}}
 
+    def find(self, kind: str, **spec: Any) -> dict[str, Any] | None:
+        return self.result(kind, **spec)
+
+    def responses(self, method: str, bits: int, rule: str, seed: int) -> dict[str, Any]:
+        """The references, some of them with another last word."""
+        asked, noise = self.examples("alpaca", "test"), self.noise("responses", method, bits, rule, seed)
+        wrong = noise.random(len(asked)) < (100 - self.accuracy.get((method, bits, rule), 80.0)) / 100
+        texts = [
+            each.response.rsplit(" ", 1)[0] + " nothing." if bad else each.response
+            for each, bad in zip(asked, wrong, strict=True)
+        ]
+        return {"ids": [each.id for each in asked], "texts": texts, "tokens": [10] * len(asked),
+                "execution_ratios": [None if method == "full" else 0.5] * len(asked),
+                "generation_seconds": 1.0}  # fmt: skip
+
     def result(self, kind: str, **spec: Any) -> dict[str, Any]:
         used = USED["calibration" if kind == "threshold" else "train"]
+        if kind == "responses":
+            value = self.responses(spec["method"], spec["bits"], spec["theta"], spec["seed"])
+            return {"schema": 1, "kind": kind, "status": "done", "spec": spec, "value": value}
+        if kind == "token_routes":
+            groups = [("kind", "name, prompt"), ("surprisal", "0"), ("place", "0"), ("place", "1")]
+            value = {
+                "groups": [
+                    {"by": by, "name": name, "tokens": 9, "executed": [0.5] * LAYERS} for by, name in groups
+                ],
+                "reserved": [{"tokens": 2, "ppl": 2.0, "execution_ratio": 0.5}],
+                "bypassed": [{"layer": layer, "ppl": 3.0} for layer in range(LAYERS)], "ppl": 2.0,
+            }  # fmt: skip
+            return {"schema": 1, "kind": kind, "status": "done", "spec": spec, "value": value}
         value = {"rows": {"used": used, "dropped": 0, "cut": 0}}
         if kind == "evaluation":
             value = self.value(spec["task"], spec["method"], spec["seed"], spec["bits"], spec["theta"])

@@ -384,6 +384,7 @@ def test_digest_sees_every_section_and_a_stages_only_its_own(section, tmp_path):
         "max_steps": 7,
         "max_length": 77,
         "theta_sweep": [0.1],
+        "judge": {"kind": "likelihood"},
         "theta_aims": ["ratio 0.6"],
         "pruning": {"weights": "wanda 2:4"},
     }

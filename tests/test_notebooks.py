@@ -34,6 +34,7 @@ NAMES = [
     "09_quantizers",
     "10_sensitivity",
     "11_latency_and_memory",
+    "12_generation",
     "14_paper_arithmetic",
 ]
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem[:2])

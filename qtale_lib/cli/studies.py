@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import Progress
 
 from qtale_lib import studies, sweep, tables
 from qtale_lib.cli.common import ProfileName, app, print_table, short, stop_if_failed
@@ -63,6 +64,32 @@ def density(
     figures.save(room.figure(table.frame), room.losses(table.frame), "density", lab.figures)
     typer.echo(f"table: {short(lab.tables)}, figure: {short(lab.figures)}")
     stop_if_failed(lab, outcomes)
+
+
+@app.command()
+def judge(
+    profile: ProfileName = "tiny",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before what costs money.")] = False,
+) -> None:
+    """Ask the profile's judge which responses are better (notebook 12); shows first what that will take."""
+    from qtale_lib import judges, win_rates
+
+    lab = Lab(profile)
+    asked, pairs = judges.judge_of(lab), win_rates.to_judge(lab)
+    if not pairs:
+        raise UserError(
+            f"There are no responses to judge; run `python -m qtale_lib run --profile {profile} --only 12`."
+        )
+    estimate = asked.estimate(pairs)
+    typer.echo(estimate or f"Nothing is left to ask {asked.name}.")
+    if not estimate:
+        return
+    if not yes:
+        typer.confirm("Ask?", abort=True)
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("asking", total=1.0)
+        asked.ask(pairs, lambda share: progress.update(bar, completed=share))
+    typer.echo(f"judged by {asked.name}; notebook 12 shows it")
 
 
 @app.command()

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from qtale_lib import paper
-from qtale_lib.jobs import ROUTED, ablated_bits, fixed_theta
+from qtale_lib.jobs import ROUTED, ablated_bits, fixed_theta, is_found
 from qtale_lib.measurements import Measurements, group_of
 from qtale_lib.results import ERRORS, OTHER_MODEL, cell_text, error_of_mean, in_percent, over_seeds, signed
 from qtale_lib.tables import Table, number, with_errors
@@ -99,7 +99,7 @@ def _sweep_frame(store: Measurements) -> pd.DataFrame:
         {"bits": bits, "method": method, "group": group_of(task), "theta": fixed_theta(rule), "task": task,
          "seed": seed, "score": answer.mean, "R": answer.execution_ratio}
         for (task, method, seed, bits, rule), answer in store.answers.items()
-        if method in ROUTED and rule not in ("searched", "zero") and bits in ablated_bits(store.profile)
+        if method in ROUTED and rule != "zero" and not is_found(rule) and bits in ablated_bits(store.profile)
     ]  # fmt: skip
     keys = list(SWEEP[:4])
     frame = pd.DataFrame(rows, columns=[*keys, "task", "seed", "score", "R"])

@@ -5,7 +5,6 @@ QTALE Sec. 3.1 and 3.4, after D-LLM. The base model keeps its parameter names an
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -28,9 +28,10 @@ from transformers import (
 )
 
 from qtale_lib.base import find_base
-from qtale_lib.errors import UserError
+from qtale_lib.errors import DamagedError, UserError
 from qtale_lib.routed_layers import ForwardPass, RouterConfig, RoutingState, routed_class, start_pass
 from qtale_lib.routing import Router, threshold_shift
+from qtale_lib.store import read_json, write_json
 
 SUPPORTED = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -95,16 +96,23 @@ def reserved_tokens(model: nn.Module) -> int:
     return (RouterConfig() if state is None else state.config).always_run_tokens
 
 
-def set_threshold(model: nn.Module, theta: float) -> None:
+def set_threshold(model: nn.Module, theta: float | Sequence[float]) -> None:
     """Set the execution threshold θ of evaluation mode (Sec. 3.4, Eq. 9): 0.5 is arg max, 0 runs everything.
 
+    Several are those of the routed layers, one for each.
+
     Raises:
-        UserError: if θ is no number or outside [0, 1), or the model has no routers.
+        UserError: if a θ is no number or outside [0, 1), if there are not as many as routed layers, or the
+            model has no routers.
     """
-    if not isinstance(theta, Real):
-        raise UserError(f"The threshold θ is {theta!r}: it must be a number of at least 0 and below 1.")
-    threshold_shift(theta)
-    routing_state(model).theta = theta
+    state, several = routing_state(model), isinstance(theta, list | tuple)
+    for value in theta if several else [theta]:
+        if not isinstance(value, Real):
+            raise UserError(f"The threshold θ is {value!r}: it must be a number of at least 0 and below 1.")
+        threshold_shift(value)
+    if several and len(theta) != len(state.routed_layers):
+        raise UserError(f"There are {len(theta)} θ for {len(state.routed_layers)} layers with routers.")
+    state.theta = list(theta) if several else theta
 
 
 def set_noise(model: nn.Module, generator: torch.Generator | None) -> None:
@@ -259,7 +267,7 @@ def save_routed(
     else:
         own = {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
         model.save_pretrained(directory, state_dict=own)
-    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / RECORD, record)
 
 
 def load_routed(directory: str | Path) -> nn.Module:
@@ -282,11 +290,14 @@ def load_routed(directory: str | Path) -> nn.Module:
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """What `save_routed` wrote beside the tensors; UserError if there is none."""
-    try:
-        return json.loads((directory / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{directory} holds no {RECORD}: point at a folder written by save_routed.") from None
+    """What `save_routed` wrote beside the tensors; DamagedError if there is none, or it is another thing."""
+    path = directory / RECORD
+    if not path.is_file():
+        raise DamagedError(f"{directory} holds no {RECORD}: point at a folder written by save_routed.")
+    record = read_json(path)
+    if not isinstance(record, dict) or not record.keys() >= {"adapter", "threshold", "routers"}:
+        raise DamagedError(f"{path} is damaged: save the model again.")
+    return record
 
 
 def add_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
@@ -342,31 +353,35 @@ def _load_base(base: dict[str, str]) -> PreTrainedModel:
         find_base(base["name"], base.get("revision")),
         dtype=getattr(torch, base["dtype"]),
         use_safetensors=True,
+        trust_remote_code=False,
     )
     if weights_digest(model) != base["sha256"]:
-        raise UserError(f"The base {base['name']!r} is not the one trained on (sha256): restore it.")
+        raise DamagedError(f"The base {base['name']!r} is not the one trained on (sha256): restore it.")
     return model
 
 
 def _load_whole(directory: Path) -> PreTrainedModel:
     model, report = AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto", use_safetensors=True, output_loading_info=True
+        directory, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
-        raise UserError(f"The weights in {directory} do not fit their model ({wrong}): save it again.")
+        raise DamagedError(f"The weights in {directory} do not fit their model ({wrong}): save it again.")
     return model
 
 
 def _read_strictly(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a file, refused unless names and shapes are those expected."""
     if not path.exists():
-        raise UserError(f"{path} is missing: save the model again.")
-    tensors = load_file(path)
+        raise DamagedError(f"{path} is missing: save the model again.")
+    try:
+        tensors = load_file(path)
+    except SafetensorError:
+        raise DamagedError(f"{path} is no readable safetensors file: save the model again.") from None
     wrong = sorted(expected.keys() ^ tensors.keys())
     wrong = wrong or [name for name, tensor in tensors.items() if tensor.shape != expected[name].shape]
     if wrong:
-        raise UserError(
+        raise DamagedError(
             f"{path} does not fit: {wrong[0]} (and {len(wrong) - 1} more) missing, left over or misshapen."
         )
     return tensors

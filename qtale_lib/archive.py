@@ -12,33 +12,49 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qtale_lib.errors import UserError
+from qtale_lib.errors import DamagedError, UserError
 from qtale_lib.jobs import all_jobs
 from qtale_lib.lab import Lab
 from qtale_lib.provenance import ROOT
+from qtale_lib.store import is_sound, replaced
 
 ARCHIVE = ROOT / "results" / "archive"
 KINDS = ("finetune", "threshold", "evaluation")  # a quantization is no use without its files
-PARTS = {"schema", "kind", "key", "status", "spec", "value", "provenance"}
 LEFT_OUT = ("choice_nll",)  # half of an archive's bytes, and nothing that is drawn or judged reads it
 PRESET = 9  # xz's widest window: the same questions come again in every evaluation of a task
 
 
-def archive(lab: Lab, folder: Path = ARCHIVE) -> list[Path]:
+def archive(lab: Lab, folder: Path = ARCHIVE, others: Iterable[Lab] = ()) -> list[Path]:
     """Write every finished seed to folder/<profile>/seed-<n>.jsonl.xz; equal results give equal bytes.
+
+    `others`: labs with the same store (the further settings of a study), whose results go along.
 
     Raises:
         UserError: if no seed is finished.
     """
-    jobs = {seed: [j for j in all_jobs(lab.profile) if j.run.seed == seed] for seed in lab.profile.seeds}
-    finished = {seed: own for seed, own in jobs.items() if all(map(lab.is_done, own))}
+    labs = (lab, *others)
+    finished = [seed for seed in lab.profile.seeds if all(_is_finished(own, seed) for own in labs)]
     if not finished:
         name = lab.profile.name
+        command = f"study {name}" if others else f"run --profile {name}"
         raise UserError(
-            f"No seed of profile {name} is finished yet; `python -m qtale_lib run --profile {name}` goes on."
+            f"No seed of profile {name} is finished yet; `python -m qtale_lib {command}` goes on."
         )
-    (folder / lab.profile.name).mkdir(parents=True, exist_ok=True)
-    return [_written(path(lab, seed, folder), lab.stored(own, KINDS)) for seed, own in finished.items()]
+    return [_written(path(lab, seed, folder), _results(labs, seed)) for seed in finished]
+
+
+def _is_finished(lab: Lab, seed: int) -> bool:
+    return all(lab.is_done(job) for job in all_jobs(lab.profile) if job.run.seed == seed)
+
+
+def _results(labs: Iterable[Lab], seed: int) -> list[dict[str, Any]]:
+    """Of one seed; what several labs have in common once."""
+    found = [
+        result
+        for lab in labs
+        for result in lab.stored([job for job in all_jobs(lab.profile) if job.run.seed == seed], KINDS)
+    ]
+    return list({(result["kind"], result["key"]): result for result in found}.values())
 
 
 def path(lab: Lab, seed: int, folder: Path = ARCHIVE) -> Path:
@@ -49,7 +65,8 @@ def path(lab: Lab, seed: int, folder: Path = ARCHIVE) -> Path:
 def _written(where: Path, results: Iterable[dict[str, Any]]) -> Path:
     slim = [{**r, "value": {k: v for k, v in r["value"].items() if k not in LEFT_OUT}} for r in results]
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in slim)
-    where.write_bytes(lzma.compress(lines.encode(), preset=PRESET))
+    with replaced(where) as file:
+        file.write_bytes(lzma.compress(lines.encode(), preset=PRESET))
     return where
 
 
@@ -57,7 +74,8 @@ def restore(lab: Lab, folder: Path = ARCHIVE) -> int:
     """Put what the profile's archive holds, and its store does not, into the store; returns how many.
 
     Raises:
-        UserError: if there is no archive of the profile, or a file of it is damaged; what is whole is kept.
+        UserError: if there is no archive of the profile.
+        DamagedError: if a file of it is damaged; what is whole is kept.
     """
     files = sorted((folder / lab.profile.name).glob("seed-*.jsonl.xz"))
     if not files:
@@ -70,8 +88,13 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
         with lzma.open(file, "rt", encoding="utf-8") as lines:
             for line in lines:
                 result = json.loads(line)
-                if not (isinstance(result, dict) and result.keys() >= PARTS and result["kind"] in KINDS):
+                if not (is_sound(result) and result.get("kind") in KINDS and _is_spec(result["spec"])):
                     raise ValueError(line)
                 yield result
-    except (lzma.LZMAError, EOFError, ValueError):
-        raise UserError(f"{file} is damaged; check it out again, or delete it.") from None
+    except (lzma.LZMAError, EOFError, ValueError, RecursionError, TypeError):
+        raise DamagedError(f"{file} is damaged; check it out again, or delete it.") from None
+
+
+def _is_spec(spec: dict[str, Any]) -> bool:
+    """Whether a result's spec has what its name is made of."""
+    return spec.keys() >= {"task", "method", "seed"}

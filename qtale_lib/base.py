@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from qtale_lib import hub
-from qtale_lib.errors import UserError
+from qtale_lib.errors import DamagedError
 from qtale_lib.hub import LOADED_FILES
 from qtale_lib.store import file_digest, read_json
 
@@ -45,7 +46,7 @@ def base_at_hand(profile: Profile) -> Path | None:
     if local := _local_base(profile.base):
         return local
     found = hub.cached(profile.base, profile.revision)
-    with contextlib.suppress(UserError):  # its config.json may be there alone
+    with contextlib.suppress(DamagedError):  # its config.json may be there alone
         return found if found and tensor_shapes(found) else None
     return None
 
@@ -63,7 +64,7 @@ def _local_base(name: str) -> Path | None:
 
 def _with_config(directory: Path) -> Path:
     if not (directory / "config.json").is_file():
-        raise UserError(
+        raise DamagedError(
             f"The base model's folder {directory} holds no config.json; point `base` at a saved model."
         )
     return directory
@@ -99,7 +100,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     config = _object(path)
     if config is None:
-        raise UserError(f"{path} is not readable as a JSON object; copy or download it anew.")
+        raise DamagedError(f"{path} is not readable as a JSON object; copy or download it anew.")
     return config
 
 
@@ -120,7 +121,7 @@ def tensor_shapes(directory: Path) -> dict[str, list[int]]:
     missing = sorted(_parts(directory) - {path.name for path in files})
     if missing or not files:
         name = missing[0] if missing else "model.safetensors"
-        raise UserError(f"{directory} holds no {name}; copy, download or save the model anew.")
+        raise DamagedError(f"{directory} holds no {name}; copy, download or save the model anew.")
     return {name: shape for path in files for name, shape in header(path).items()}
 
 
@@ -137,8 +138,8 @@ def _parts(directory: Path) -> set[str]:
     if not index.is_file() or (directory / "model.safetensors").is_file():
         return set()
     places = (_object(index) or {}).get("weight_map")
-    if not isinstance(places, dict):
-        raise UserError(f"{index} is not readable as an index of weights; copy or download it anew.")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise DamagedError(f"{index} is not readable as an index of weights; copy or download it anew.")
     return set(places.values())
 
 
@@ -151,27 +152,15 @@ def _parameter_counts(shapes: dict[str, list[int]]) -> dict[str, int]:
 
 
 def header(path: Path) -> dict[str, list[int]]:
-    """Shape of every tensor in a safetensors file; UserError if it is damaged or its length is another."""
+    """Shape of every tensor in a safetensors file; DamagedError if it is damaged or its length is another."""
     try:
-        shapes, length = _shapes_and_length(path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{path} is no readable safetensors file; copy or download it anew.") from None
-    size = path.stat().st_size
-    if size != length:
-        raise UserError(f"{path} has {size} bytes where its header says {length}; copy or download it anew.")
-    return shapes
-
-
-def _shapes_and_length(path: Path) -> tuple[dict[str, list[int]], int]:
-    """By the header: the shape of every tensor, and how many bytes the file should have."""
-    with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError("the header is longer than the file")
-        header = json.loads(handle.read(length))
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    ends = [entry["data_offsets"][1] for entry in tensors.values()]
-    return {name: entry["shape"] for name, entry in tensors.items()}, 8 + length + max(ends)
+        with safe_open(path, "np") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise DamagedError(
+            f"{path} is no readable safetensors file ({reason}); copy or download it anew."
+        ) from None
 
 
 def _part(name: str) -> str:

@@ -71,7 +71,8 @@ def random_model(config: dict[str, Any], device: str, seed: int = 0) -> PreTrain
     """A Llama of that shape with random bfloat16 weights, in evaluation mode."""
     torch.manual_seed(seed)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=torch.bfloat16).eval()
+        shape = LlamaConfig(**config)
+        return AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, trust_remote_code=False).eval()
 
 
 def packed_copy(model: PreTrainedModel, head_bits: int = 16) -> PreTrainedModel:

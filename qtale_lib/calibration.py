@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from qtale_lib.adaptive import set_threshold
 from qtale_lib.data.schema import Example
 from qtale_lib.errors import UserError
-from qtale_lib.evaluation import BATCH_SIZE, fitting_choices, perplexity, score
+from qtale_lib.evaluation import BATCH_SIZE, choice_nll, fitting_choices, perplexity, score
 
 LARGEST = 0.5  # arg max; above it fewer layers run than the model was trained to run
 
@@ -69,9 +69,9 @@ def search_threshold(
     """Search θ for an objective, or for a routed model: search_threshold(model, tokenizer, examples, ...).
 
     An objective gives (score, execution ratio) for a θ; each θ is evaluated once. For a model it is the
-    accuracy on the examples, or the PPL where they have no choices; the keywords are then those of
-    evaluate_choices (style, batch_size, max_length, overlong) beside steps and tolerance; the model is
-    left at the θ found.
+    accuracy on the examples (with objective="likelihood" the PPL of the right choices among all), or the PPL
+    of the responses where there are no choices; the keywords are then those of evaluate_choices (style,
+    batch_size, max_length, overlong) beside steps, tolerance and objective; the model is left at the θ found.
 
     coarse: 0.5, 0.5 - coarse_step, ... above 0; fine: less than coarse_step to either side of the coarse
     candidate, within (0, 0.5]. The result is the candidate of both curves together.
@@ -106,22 +106,55 @@ def _search_model(
     coarse_step: float = 0.05,
     fine_step: float = 0.01,
     tolerance: float = 0.005,
+    objective: str = "accuracy",
     **settings: Any,
 ) -> ThresholdSearch:
-    by_accuracy = any(example.choices for example in examples)
-    build = accuracy_objective if by_accuracy else perplexity_objective
+    build = OBJECTIVES[objective] if any(example.choices for example in examples) else perplexity_objective
     search = search_threshold(
         build(model, tokenizer, examples, **settings),
         coarse_step=coarse_step,
         fine_step=fine_step,
         tolerance=tolerance,
-        higher_is_better=by_accuracy,
+        higher_is_better=build is accuracy_objective,
     )
     set_threshold(model, search.theta)
     return search
 
 
 def accuracy_objective(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **settings: Any
+) -> Objective:
+    """θ -> (accuracy, R_avg): what evaluate_choices gives, without lm-eval around it, ids encoded once."""
+    answered = _answering(model, tokenizer, examples, **settings)
+
+    def objective(theta: float) -> tuple[float, float]:
+        questions, execution_ratio = answered(theta)
+        right = sum(_arg_max(sums) == answer for sums, answer in questions)
+        return right / len(questions), execution_ratio
+
+    return objective
+
+
+def likelihood_objective(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **settings: Any
+) -> Objective:
+    """θ -> (PPL of the right choices among all, R_avg): exp of evaluate_choices' nll, a smoother measure than
+    accuracy of the same questions.
+    """
+    answered = _answering(model, tokenizer, examples, **settings)
+
+    def objective(theta: float) -> tuple[float, float]:
+        questions, execution_ratio = answered(theta)
+        nll = [choice_nll([(value, False) for value in sums], answer) for sums, answer in questions]
+        return math.exp(sum(nll) / len(nll)), execution_ratio
+
+    return objective
+
+
+OBJECTIVES = {"accuracy": accuracy_objective, "likelihood": likelihood_objective}
+
+
+def _answering(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
@@ -130,21 +163,21 @@ def accuracy_objective(
     batch_size: int = BATCH_SIZE,
     max_length: int | None = None,
     overlong: str = "drop",
-) -> Objective:
-    """θ -> (accuracy, R_avg): what evaluate_choices gives, without lm-eval around it, ids encoded once."""
+) -> Callable[[float], tuple[list[tuple[list[float], int]], float]]:
+    """θ -> (per question the log-likelihoods of its choices and which is right; R_avg)."""
     max_length = max_length or model.config.max_position_embeddings
     kept, questions, _ = fitting_choices(examples, tokenizer, style, max_length, overlong)
     pairs = [pair for question in questions for pair in question]
 
-    def objective(theta: float) -> tuple[float, float]:
+    def answered(theta: float) -> tuple[list[tuple[list[float], int]], float]:
         set_threshold(model, theta)
         scores = score(model, pairs, batch_size)
         sums = iter([float(values.sum()) for values in scores.log_probabilities])
-        answers = [_arg_max([next(sums) for _ in question]) for question in questions]
-        right = sum(answer == example.answer for answer, example in zip(answers, kept, strict=True))
-        return right / len(kept), scores.count.ratios()["execution_ratio"]
+        per_question = [[next(sums) for _ in question] for question in questions]
+        answers = [example.answer for example in kept]
+        return list(zip(per_question, answers, strict=True)), scores.count.ratios()["execution_ratio"]
 
-    return objective
+    return answered
 
 
 def perplexity_objective(

@@ -108,7 +108,8 @@ def _percent(value: float) -> str:
 def _what_scores_are() -> tuple[str, ...]:
     metrics = stated().metrics.items()
     said = [f"{paper.TASK_LABELS[group]}: {metric.metric}" for group, metric in metrics]
-    families = f"Families: {', '.join(stated().families)} (contrasts.yaml), figures, noise."
+    stated_there = f"{', '.join(stated().families)} (contrasts.yaml)"
+    families = f"Families: {stated_there}, figures, noise; of studies: execution ratio, quantizers."
     return f"Effects on answers: {'; '.join(said)}.", families
 
 

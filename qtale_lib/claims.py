@@ -7,10 +7,11 @@ show it. Those about evaluations (Tables 1-4) are stated in contrasts.yaml, thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf, isinf, nan, sqrt
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,15 +56,15 @@ class Claim:
     source: str
     measured: str
     unit: str
-    runs: Callable[[Measurements], list[Run]]
+    runs: Callable[[Any], list[Run]]
     smallest: float
     group: str = ""
     low: float = -inf
     high: float = inf
     paper: float | None = None
 
-    def case(self, store: Measurements) -> Case:
-        """The claim with its data."""
+    def case(self, store: Any) -> Case:
+        """The claim with its data: of Measurements, or of a Study where it is a study's claim."""
         assumed = assumed_effect(self.low, self.high, self.paper, self.smallest)
         runs = self.runs(store)
         return Case(estimate(runs), self.low, self.high, assumed, len(runs))
@@ -260,15 +261,27 @@ def verdicts(store: Measurements, notebook: str | None = None) -> pd.DataFrame:
     Whole families are judged even where one notebook's claims are asked for.
     """
     wanted = [claim for claim in CLAIMS if notebook in (None, claim.notebook)]
+    families = {claim.family for claim in wanted}
+    frame = judged(store, [claim for claim in CLAIMS if claim.family in families])
+    return frame[frame.id.isin([claim.id for claim in wanted])].reset_index(drop=True)
+
+
+def judged(store: Any, claims: Sequence[Claim]) -> pd.DataFrame:
+    """Verdicts on whole families of claims, a row each, in their order; `store`: what their `runs` take."""
     rows = {}
-    for family in dict.fromkeys(claim.family for claim in wanted):
-        members = [claim for claim in CLAIMS if claim.family == family]
+    for family in dict.fromkeys(claim.family for claim in claims):
+        members = [claim for claim in claims if claim.family == family]
         cases = [claim.case(store) for claim in members]
         rows |= {
-            claim.id: _row(claim, case, judged)
-            for claim, case, judged in zip(members, cases, judge(cases), strict=True)
+            claim.id: _row(claim, case, judgement)
+            for claim, case, judgement in zip(members, cases, judge(cases), strict=True)
         }
-    return pd.DataFrame([rows[claim.id] for claim in wanted])
+    return pd.DataFrame([rows[claim.id] for claim in claims])
+
+
+def joined(*frames: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts of several stores, one after the other."""
+    return pd.DataFrame([row for frame in frames for row in frame.to_dict("records")])
 
 
 PLANNED = ("id", "measured", "on", "tasks", "seeds", "questions", "effect", "spread", "sampling", "needed")

@@ -332,7 +332,9 @@ class _Dispatch:
         try:
             self.receive(task, ended.value)
         except UserError as error:
-            return Outcome(task.name, "failed", ended.seconds, f"{ended.machine}: {error}", refused=True)
+            return Outcome(
+                task.name, "failed", ended.seconds, f"{ended.machine}: {error}", "", error.exit_code
+            )
         return Outcome(task.name, "done", ended.seconds)
 
     def _finish(self, task: Task, outcome: Outcome) -> None:

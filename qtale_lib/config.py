@@ -46,6 +46,10 @@ EARLIER = {
     "alpaca": "original",
     "protocol": "likelihood",
     "training.noise": "stream",
+    "quantization.widths": "uniform",
+    "pruning": {"weights": "none", "layers": "none"},
+    "theta_aims": [],
+    "calibration.objective": "accuracy",
 }
 
 
@@ -84,6 +88,7 @@ NotNegative = Annotated[
 ]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1, description="a number of at least 0 and below 1")]
 Theta = Annotated[float, Field(strict=True, gt=0, lt=1)]
+Aim = Annotated[str, Field(strict=True, pattern=r"^(ratio|flops) (0\.\d+|1)( by layer)?$")]
 Text = Annotated[
     str, Field(strict=True, min_length=1, description="a text (in quotes if it reads as a number)")
 ]
@@ -175,23 +180,64 @@ class Routing(Section):
 
 
 class Quantization(Section):
-    """Which quantizer, on how many calibration texts; lm_head_bits counts in bytes and weights alike."""
+    """Which quantizer, on how many calibration texts; lm_head_bits counts in bytes and weights alike.
+
+    widths: "uniform", or "mixed": at 3 bits, sensitive layers get 4 and others 3 or 2, 3 in the mean.
+    """
 
     backend: Literal["native", "autoawq"]
-    method: Annotated[Literal["awq", "rtn"], Field(description="awq or, with backend native, rtn")]
+    method: Annotated[
+        Literal["awq", "rtn", "gptq", "magr_gptq"],
+        Field(description="awq or, with backend native, rtn, gptq or magr_gptq"),
+    ]
+    widths: Annotated[
+        Literal["uniform", "mixed"], Field(description="uniform or, with backend native, mixed")
+    ]
     calibration_texts: Count
     lm_head_bits: Bits
 
-    @field_validator("method")
+    @field_validator("method", "widths")
     @classmethod
-    def _known_to_backend(cls, method: str, others: ValidationInfo) -> str:
-        if method != "awq" and others.data.get("backend") == "autoawq":
-            raise ValueError("autoawq has no round-to-nearest")
-        return method
+    def _known_to_backend(cls, value: str, others: ValidationInfo) -> str:
+        if value not in ("awq", "uniform") and others.data.get("backend") == "autoawq":
+            raise ValueError("autoawq has nothing else")
+        return value
+
+
+class Pruning(Section):
+    """Other compression, of models in 16 bits (pruning/): weights by share or n:m, layers by number or by
+    the confidence at which a token leaves.
+    """
+
+    weights: Annotated[
+        str,
+        Field(
+            strict=True,
+            pattern=r"^(none|(magnitude|wanda) (0\.\d+|2:4|4:8))$",
+            description="none, or magnitude or wanda with a share or pattern, such as wanda 0.5 or wanda 2:4",
+        ),
+    ]
+    layers: Annotated[
+        str,
+        Field(
+            strict=True,
+            pattern=r"^(none|(block_influence|sleb) [1-9]\d*|early_exit 0\.\d*[1-9]\d*)$",
+            description="none, block_influence or sleb with a number of layers, or early_exit with a "
+            "confidence, such as sleb 3 or early_exit 0.9",
+        ),
+    ]
+
+    def is_none(self) -> bool:
+        """Whether nothing is pruned."""
+        return self.weights == self.layers == "none"
 
 
 class Search(Section):
-    """The two-phase θ search (Sec. 3.4): steps of both sweeps, tolerance of the score, questions."""
+    """The two-phase θ search (Sec. 3.4): steps of both sweeps, tolerance of the score, questions.
+
+    objective: what is scored where there are choices: "accuracy", or "likelihood" (of the right choice among
+        all, as a PPL).
+    """
 
     coarse_step: Annotated[
         float, Field(strict=True, gt=0, le=0.5, description="a number above 0 and at most 0.5")
@@ -201,6 +247,7 @@ class Search(Section):
     ]
     tolerance: NotNegative
     questions: Count
+    objective: Literal["accuracy", "likelihood"]
 
     @field_validator("fine_step")
     @classmethod
@@ -225,6 +272,8 @@ class Profile(Section):
     alpaca: the "original" 52,002 rows, or the community's "cleaned" ones; the embedded world has one set.
     group_size: weights that share a quantization scale; -1 for one group per row.
     theta_sweep: further θ at which every routed model is evaluated, at every bit width; usually none.
+    theta_aims: further rules for θ that aim at a cost: "ratio 0.6" (of execution), "flops 0.7" (of Full's,
+        routers included), each also "… by layer", with a θ for each layer.
     max_steps: optimizer steps of a fine-tuning, in place of what `epochs` come to; None leaves it to them.
     protocol: how choices are scored: likelihood of the answers after `prompt`, or by lm-eval's own tasks.
     evaluated: the split that is measured, up to `limit.test`: "validation" while settings are being chosen.
@@ -265,6 +314,11 @@ class Profile(Section):
         AfterValidator(_distinct),
         Field(description="a list of numbers above 0 and below 1, none twice; [] for no sweep"),
     ]
+    theta_aims: Annotated[
+        tuple[Aim, ...],
+        AfterValidator(_distinct),
+        Field(description="a list of rules such as ratio 0.6 or flops 0.7 by layer, none twice"),
+    ]
     max_steps: CountOrNull
     evaluated: Literal["test", "validation"]
     limit: Limit
@@ -278,6 +332,7 @@ class Profile(Section):
     lora: Lora
     routing: Routing
     quantization: Quantization
+    pruning: Pruning
     calibration: Search
     probes: Probes
 

@@ -6,16 +6,16 @@ Effects on answers are gains: accuracy points, or percent of perplexity (100 x l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import log, nan
 
 import numpy as np
 import pandas as pd
 
 from qtale_lib import jobs, paper
-from qtale_lib.measurements import LOWEST_LAYERS, USUAL_RULE, Cell, Measurements, group_of
+from qtale_lib.measurements import LOWEST_LAYERS, USUAL_RULE, Answers, Cell, Measurements, group_of
 from qtale_lib.statistics import Run
 
 Contrast = dict[tuple[str, int, str], float]  # (method, bits, rule that sets theta) -> weight
@@ -38,7 +38,9 @@ def contrast_runs(store: Measurements, contrast: Contrast, group: str, measure: 
     for task, seed in _trials(store, group):
         cells = {(task, method, seed, bits, rule): w for (method, bits, rule), w in contrast.items()}
         if all(cell in store.answers for cell in cells):
-            runs.append(_gain(store, cells) if measure == "score" else _ratio(store, cells, measure))
+            answers = [store.answers[cell] for cell in cells]
+            gain = partial(gain_of, task, seed, answers, list(cells.values()))
+            runs.append(gain() if measure == "score" else _ratio(store, cells, measure))
     return [run for run in runs if run is not None]
 
 
@@ -54,15 +56,23 @@ def equal_ratio_runs(store: Measurements, plus: str, minus: str, bits: int, grou
         curves = [_curve(store, task, method, seed, bits) for method in (plus, minus)]
         if any(len(curve) < 2 for curve in curves):
             continue  # no sweep
-        ratios = [np.array([store.answers[cell].execution_ratio for cell in curve]) for curve in curves]
-        weights = equal_ratio_weights(*ratios)
-        if weights is None:
-            runs.append(Run(task, seed, nan))
-            continue
-        signed = np.concatenate([weights[0], -weights[1]])
-        gain = _gain(store, dict(zip([*curves[0], *curves[1]], signed, strict=True)))
-        runs.append(replace(gain, ratios=common_ratios(*ratios)))
+        runs.append(gain_at_equal_ratio(task, seed, *([store.answers[c] for c in curve] for curve in curves)))
     return runs
+
+
+def gain_at_equal_ratio(task: str, seed: int, plus: Sequence[Answers], minus: Sequence[Answers]) -> Run:
+    """One curve minus another on the same questions, given their points, as `equal_ratio_runs` has it."""
+    ratios = [np.array([point.execution_ratio for point in curve]) for curve in (plus, minus)]
+    weights = equal_ratio_weights(*ratios)
+    if weights is None:
+        return Run(task, seed, nan)
+    gain = gain_of(task, seed, [*plus, *minus], np.concatenate([weights[0], -weights[1]]))
+    return replace(gain, ratios=common_ratios(*ratios))
+
+
+def gain_between(task: str, seed: int, plus: Answers, minus: Answers) -> Run:
+    """One evaluation minus another of the same questions, which need not be of one store."""
+    return gain_of(task, seed, [plus, minus], [1.0, -1.0])
 
 
 def _trials(store: Measurements, group: str) -> list[tuple[str, int]]:
@@ -74,7 +84,7 @@ def _curve(store: Measurements, task: str, method: str, seed: int, bits: int) ->
     """The evaluated cells along θ, but for the searched one, which lies at another place in every run, and
     for θ → 0, whose R of 1 lies far from all others.
     """
-    rules = [rule for rule in jobs.rules(store.profile, method) if rule not in ("searched", "zero")]
+    rules = [r for r in jobs.rules(store.profile, method) if r != "zero" and not jobs.is_found(r)]
     cells = [(task, method, seed, bits, rule) for rule in rules]
     return [cell for cell in cells if cell in store.answers]
 
@@ -103,11 +113,10 @@ def _mean_weights(ratios: np.ndarray, at: np.ndarray) -> np.ndarray:
     return weights
 
 
-def _gain(store: Measurements, weights: dict[Cell, float]) -> Run:
+def gain_of(task: str, seed: int, answers: Sequence[Answers], weights: Sequence[float]) -> Run:
     """A weighted sum of scores of one task and seed, on the same questions."""
-    answers, (task, _, seed, *_) = [store.answers[cell] for cell in weights], next(iter(weights))
     shares = [answer.scores * answer.weights / answer.weights.mean() for answer in answers]
-    gains = gain_sign(group_of(task)) * np.dot(list(weights.values()), shares)
+    gains = gain_sign(group_of(task)) * np.dot(list(weights), shares)
     return Run(task, seed, float(gains.mean()), gains, answers[0].shared)
 
 

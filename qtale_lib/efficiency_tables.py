@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -184,12 +185,17 @@ def file_table(store: Measurements) -> Table:
     return of_numbers("table_3_files", "Bytes, real and by formula", frame, ("base model",), notes, digits=3)
 
 
-def packed_file(store: Measurements, bits: int) -> int:
-    """Bytes of the base model's packed file at a bit width; needs torch, but no weights."""
+def packed_file(store: Measurements, bits: int, method: str = "full", layer_bits: Sequence[int] = ()) -> int:
+    """Bytes of a packed file at a bit width (`layer_bits`: by layer, if they differ), with routers if the
+    method has them; needs torch, but no weights.
+    """
     with warnings.catch_warnings():  # in a notebook, tqdm's import asks for widgets that nothing here draws
         warnings.filterwarnings("ignore", message="IProgress not found")
+        from qtale_lib.adaptive import RouterConfig
         from qtale_lib.quantization.packed_size import packed_file_bytes
 
-    profile = store.profile
+    profile, routing = store.profile, _routers(store, method)
+    routers = routing and RouterConfig(hidden=routing.hidden, always_run_layers=routing.always_run_layers)
     head = profile.quantization.lm_head_bits
-    return packed_file_bytes(store.lab.base()["config"], bits, profile.group_size, head)["total"]
+    config, group = store.lab.base()["config"], profile.group_size
+    return packed_file_bytes(config, bits, group, head, routers, layer_bits=layer_bits)["total"]

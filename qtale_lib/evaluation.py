@@ -36,7 +36,9 @@ from qtale_lib.data.encoding import Pair, encode_pairs, fit_all, pad_right, resp
 from qtale_lib.data.prompts import Rendered, render
 from qtale_lib.data.schema import Example
 from qtale_lib.errors import UserError
+from qtale_lib.finite import first_non_finite_layer, is_finite, place
 from qtale_lib.losses import counted_tokens
+from qtale_lib.pruning.layers import executed_layers
 
 TASKS_FOLDER = Path(__file__).parent / "data" / "lm_eval_tasks"
 BATCH_SIZE = 64
@@ -133,16 +135,30 @@ def _score_batch(
     lengths = [len(continuation) for continuation in continuations]
     rows = torch.cat([torch.arange(end - n, end) for (_, end), n in zip(owners, lengths, strict=True)])
     tokens = torch.tensor(list(chain(*continuations)))
-    right = log_probabilities[rows, tokens].split(lengths), (greedy[rows] == tokens).split(lengths)
+    chosen = log_probabilities[rows, tokens]
+    if not is_finite(chosen):
+        raise UserError(_not_finite(model, fed, valid))
+    right = chosen.split(lengths), (greedy[rows] == tokens).split(lengths)
     for (index, _), values, are_greedy in zip(owners, *right, strict=True):
         scores.log_probabilities[index], scores.greedy[index] = values, bool(are_greedy.all())
 
 
+def _not_finite(model: nn.Module, fed: list[tuple[int, ...]], valid: Tensor) -> str:
+    """One sentence naming the first decoder layer whose output on a batch is not finite."""
+    ids = pad_right(fed, 0).to(valid.device)
+    layer = first_non_finite_layer(model.get_decoder().layers, lambda: _hidden_states(model, ids, valid))
+    return (
+        f"The model gives numbers that are not finite: the first appear {place(layer)}; its weights are "
+        "damaged or too large for their type."
+    )
+
+
 def _hidden_states(model: nn.Module, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Last hidden states [B, T, d], and what executed, bool [L, B, T] (None without routers)."""
+    """Last hidden states [B, T, d], and what executed, bool [L, B, T] (None where all layers do)."""
     forward = partial(model.get_decoder(), input_ids=input_ids, attention_mask=valid.long(), use_cache=False)
     if not any(".router." in name for name, _ in model.named_parameters()):
-        return forward().last_hidden_state, None
+        hidden = forward().last_hidden_state
+        return hidden, executed_layers(model, valid)
     with record_routes(model) as routes:
         hidden = forward().last_hidden_state
     return hidden, routes.executed

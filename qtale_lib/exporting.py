@@ -25,7 +25,7 @@ from matplotlib.colors import is_color_like
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 
-from qtale_lib import benchmark_figures, figures
+from qtale_lib import benchmark_figures, figures, sensitivity, study_figures
 from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
 from qtale_lib.provenance import ROOT
@@ -43,6 +43,9 @@ DRAWN: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "table_4_theta_curves": figures.theta_curves,
     "bench_latency": benchmark_figures.latency,
     "bench_memory": benchmark_figures.memory,
+    "execution_ratio_curves": study_figures.pareto,
+    "sensitivity_theta_aims_drawn": study_figures.aims,
+    **{sensitivity.file_name(factor): study_figures.factor for factor in sensitivity.LABELS},
 }
 FIGURE_FORMATS = ("pdf", "png", "svg", "pgf")
 TABLE_FORMATS = {"latex": ".tex", "markdown": ".md", "csv": ".csv"}

@@ -26,6 +26,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from qtale_lib.paper import GROUPS, METHODS, TASK_LABELS
+from qtale_lib.store import replaced
 
 COLUMN, PAGE = 3.25, 6.75  # inches
 FORMATS = ("pdf", "png", "svg")
@@ -111,13 +112,14 @@ def styled(width: float | None, changes: dict[str, Any]) -> Iterator[None]:
 
 def save(figure: Figure, data: pd.DataFrame, name: str, directory: Path) -> dict[str, Path]:
     """Write `name` as PDF, PNG and SVG, and the plotted data as CSV; returns the path of every format."""
-    directory.mkdir(parents=True, exist_ok=True)
     paths = {suffix: directory / f"{name}.{suffix}" for suffix in (*FORMATS, "csv")}
     with matplotlib.rc_context(STYLE):
         lay_out(figure)
         for suffix in FORMATS:
-            figure.savefig(paths[suffix], metadata=UNDATED[suffix])
-    data.to_csv(paths["csv"], index=False, lineterminator="\n")
+            with replaced(paths[suffix]) as file:
+                figure.savefig(file, format=suffix, metadata=UNDATED[suffix])
+    with replaced(paths["csv"]) as file:
+        data.to_csv(file, index=False, lineterminator="\n")
     return paths
 
 

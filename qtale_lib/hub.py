@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from qtale_lib.errors import UserError
+from qtale_lib.errors import MachineError, UserError
 
 LOADED_FILES = ("*.safetensors", "*.json", "tokenizer.model")
 CURE = "or give `base` the path of a copy"
@@ -110,19 +110,21 @@ def _refusal(name: str, revision: str | None, error: Exception) -> UserError:
     if _status(error) == 403:
         return UserError(_gated(model, name))
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return UserError(f"{model} does not fit on the disk of {cache_folder()}; free some, or set HF_HOME.")
+        return MachineError(
+            f"{model} does not fit on the disk of {cache_folder()}; free some, or set HF_HOME."
+        )
     if is_offline():
-        return UserError(
+        return MachineError(
             f"{model} is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it; unset that, call "
             f"`hf download {at}` where there is a network, {CURE}."
         )
     if isinstance(error, errors.LocalEntryNotFoundError | ConnectionError) or _is_network(error):
-        return UserError(
+        return MachineError(
             f"{model} is not whole in the hub's cache, and the hub cannot be reached; connect, call "
             f"`hf download {at}` where there is a network, {CURE}."
         )
     reason = f"HTTP status {_status(error)}" if _status(error) else type(error).__name__
-    return UserError(f"{model} could not be fetched from the hub ({reason}); try again later, {CURE}.")
+    return MachineError(f"{model} could not be fetched from the hub ({reason}); try again later, {CURE}.")
 
 
 def _gated(model: str, name: str) -> str:

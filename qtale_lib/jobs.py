@@ -19,6 +19,7 @@ RULES = {
     "noisy_full": ("zero",),
 }
 THETAS = {"none": None, "argmax": 0.5, "zero": 0.0}  # "searched" is found on calibration questions (Sec. 3.4)
+AIMED = ("ratio ", "flops ")  # how rules begin that aim at an execution ratio, or at a share of Full's FLOPs
 FIGURE_2_TASKS = ("arc_easy", "arc_challenge", "siqa", "piqa")
 TABLE_4_BITS = (4, 3, 16)  # the paper ablates at 4; its claims are about 3 as well
 
@@ -65,9 +66,16 @@ def runs(profile: Profile) -> list[Run]:
 
 
 def rules(profile: Profile, method: str) -> tuple[str, ...]:
-    """Names of the rules that set θ in a method's evaluations: RULES, and "0.1" for a 0.1 in the sweep."""
+    """Names of the rules that set θ in a method's evaluations: RULES, "0.1" for a 0.1 in the sweep, and those
+    that aim at a cost, such as "ratio 0.6" (threshold_rules.py).
+    """
     sweep = [sweep_rule(theta) for theta in profile.theta_sweep if theta not in THETAS.values()]
-    return (*RULES[method], *(sweep if method in ROUTED else ()))
+    return (*RULES[method], *((*sweep, *profile.theta_aims) if method in ROUTED else ()))
+
+
+def is_found(rule: str) -> bool:
+    """Whether a rule's θ is found on calibration questions, run by run, and does not stand in its name."""
+    return rule == "searched" or rule.startswith(AIMED)
 
 
 def sweep_rule(theta: float) -> str:
@@ -76,7 +84,7 @@ def sweep_rule(theta: float) -> str:
 
 
 def fixed_theta(rule: str) -> float | None:
-    """The θ that a rule other than "searched" stands for; None without routers."""
+    """The θ that a rule stands for, if none `is_found`; None without routers."""
     return THETAS[rule] if rule in THETAS else float(rule)
 
 
@@ -97,7 +105,7 @@ def needs(profile: Profile, notebook: str) -> list[Job]:
     number = notebook[:2]
     everything = runs(profile)
     routed = [run for run in everything if run.routed]
-    if number in ("01", "11", "14"):
+    if number in ("01", "08", "09", "10", "11", "14"):  # 08 to 10 show studies (studies.py)
         return []
     if number in ("02", "03", "04"):  # their verdicts rest on every CSQA task, not on those drawn alone
         judged = [task for task in CSQA if task in profile.tasks] or profile.tasks

@@ -19,18 +19,27 @@ import pandas as pd
 from qtale_lib import jobs
 from qtale_lib.base import base_facts, file_stamp
 from qtale_lib.config import Profile, load_profile, without_earlier
-from qtale_lib.data import Example, Loaded, data_hash, read_task, subset
+from qtale_lib.data import Example, Loaded, code_stamp, data_hash, read_task, subset
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, expected_seconds
 from qtale_lib.memory import BYTES
 from qtale_lib.pool import Outcome, PutOff, Task, run_tasks, worker_slots
 from qtale_lib.preflight import check, check_fit
 from qtale_lib.progress import watcher
-from qtale_lib.provenance import ROOT, Stopwatch
+from qtale_lib.provenance import ROOT, Stopwatch, versions
 from qtale_lib.store import Parcel, Store, digest, read_json, sweep, write_json
 
 # Raised by hand when a stage's code comes to give other numbers from the same settings.
 STAGE_VERSIONS = {"finetune": 4, "quantization": 2, "threshold": 3, "evaluation": 4}
+# Those of the kept results. Another version of a library that a stage's numbers come from changes their keys.
+KEPT_VERSIONS = {
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "tokenizers": "0.23.3",
+    "peft": "0.21.2",
+    "accelerate": "1.15.0",
+    "lm_eval": "0.4.13",
+}
 ENCODING = ("prompt", "max_length", "overlong", "dtype")
 FINETUNING = (*ENCODING, "max_steps", "training", "lora", "routing", "probes")
 QUANTIZING = ("quantization", "group_size")
@@ -69,7 +78,13 @@ class Lab:
         self.store = Store(self.directory / "store")
         self._loaded = functools.cache(self._load)
         self._found: dict[tuple[str, str, str], dict[str, Any]] = {}
-        self._data_hash = functools.cache(lambda task, split: data_hash(self.examples(task, split)))
+        self._data_hash = functools.cache(self._hash_of_data)
+
+    def reading_with(self, other: Lab) -> Lab:
+        """Self; examples are read once for both, if the other lab has the same ones."""
+        if _what_is_read(self.profile) == _what_is_read(other.profile):
+            self._loaded, self._data_hash = other._loaded, other._data_hash
+        return self
 
     # What results are made from.
 
@@ -99,14 +114,35 @@ class Lab:
 
     def _load(self, task: str, split: str) -> Loaded:
         profile = self.profile
+        loaded = read_task(task, split, profile.data_dir, profile.data, profile.alpaca)
+        return Loaded(subset(loaded.examples, self._limit(split)), loaded.source)
+
+    def _limit(self, split: str) -> int | None:
+        """The most examples that are used of a split."""
+        profile = self.profile
         limits = {
             "train": [profile.limit.train],
             "calibration": [profile.limit.calibration, profile.calibration.questions],
             profile.evaluated: [profile.limit.test],
         }
-        given = [limit for limit in limits.get(split, ()) if limit is not None]
-        loaded = read_task(task, split, profile.data_dir, profile.data, profile.alpaca)
-        return Loaded(subset(loaded.examples, min(given, default=None)), loaded.source)
+        return min((limit for limit in limits.get(split, ()) if limit is not None), default=None)
+
+    def _hash_of_data(self, task: str, split: str) -> str:
+        """Of the embedded world, which takes seconds to be made, it is kept beside the results."""
+        if self.profile.data != "microworld" or self.profile.data_dir is not None:
+            return data_hash(self.examples(task, split))
+        memo, stamp, name = (
+            self.store.root / "data.json",
+            code_stamp(),
+            f"{task} {split} {self._limit(split)}",
+        )
+        known = read_json(memo)
+        hashes = known["hashes"] if isinstance(known, dict) and known.get("stamp") == stamp else {}
+        if name not in hashes:
+            hashes[name] = data_hash(self.examples(task, split))
+            with contextlib.suppress(OSError):
+                write_json(memo, {"stamp": stamp, "hashes": hashes})
+        return hashes[name]
 
     def settings(self, kind: str, spec: Spec) -> dict[str, Any]:
         """The part of the profile that a result depends on, and nothing else of it."""
@@ -118,7 +154,10 @@ class Lab:
         names += QUANTIZING if spec["bits"] < 16 else ()
         names += ["calibration"] if kind == "threshold" else []
         names += ["protocol"] if kind == "evaluation" and spec["task"] != "alpaca" else []
-        return without_earlier({name: everything[name] for name in names})
+        kept = without_earlier({name: everything[name] for name in (*names, "pruning")})
+        if "pruning" in kept:
+            kept["calibration_texts"] = self.profile.quantization.calibration_texts
+        return kept
 
     def made_from(self, kind: str, spec: Spec) -> dict[str, Any] | None:
         """Hashes of what a result is made from; None while something that it builds on is missing."""
@@ -131,6 +170,8 @@ class Lab:
         sources = {"adapter": trained["value"]["adapter_sha256"], "base": self.base()["sha256"]}
         if spec["bits"] < 16:
             sources["quantization_texts"] = self._data_hash(task, "train")
+        if not self.profile.pruning.is_none():
+            sources["pruning_texts"] = self._data_hash(task, "train")
         if kind == "threshold":
             sources["calibration"] = self._data_hash(task, "calibration")
         if kind == "evaluation":
@@ -141,11 +182,13 @@ class Lab:
             sources["theta"] = theta
         return sources
 
-    def theta(self, spec: Spec) -> float | str | None:
-        """The θ that a rule stands for; None without routers; "unknown" while its search is missing."""
-        if spec["theta"] != "searched":
+    def theta(self, spec: Spec) -> float | list[float] | str | None:
+        """The θ that a rule stands for, or those of the routed layers; None without routers; "unknown" while
+        its search is missing.
+        """
+        if not jobs.is_found(spec["theta"]):
             return jobs.fixed_theta(spec["theta"])
-        found = self.find("threshold", **{k: v for k, v in spec.items() if k != "theta"})
+        found = self.find("threshold", **threshold_spec(spec))
         return found["value"]["theta"] if found else "unknown"
 
     def address(self, kind: str, spec: Spec) -> tuple[str, str, str] | None:
@@ -153,8 +196,18 @@ class Lab:
         sources = self.made_from(kind, spec)
         if sources is None:
             return None
-        key = digest(STAGE_VERSIONS[kind], spec, self.settings(kind, spec), sources)
-        return kind, _name(spec), key
+        parts = STAGE_VERSIONS[kind], spec, self.settings(kind, spec), sources
+        return kind, _name(spec), digest(*parts, *self._other_libraries(kind, spec))
+
+    def _other_libraries(self, kind: str, spec: Spec) -> list[dict[str, str]]:
+        """The libraries behind a result, if any, whose versions are not those of the kept results."""
+        behind = {"torch", "transformers", "tokenizers", "peft"}
+        behind |= {"accelerate"} if kind == "finetune" else set()
+        by_harness = self.profile.protocol == "lm_eval" and spec["task"] != "alpaca"
+        behind |= {"lm_eval"} if kind == "evaluation" and by_harness else set()
+        now = {name: versions()[name].partition("+")[0] for name in sorted(behind)}  # +cpu is a build
+        other = {name: version for name, version in now.items() if version != KEPT_VERSIONS[name]}
+        return [other] if other else []
 
     def files(self, kind: str, spec: Spec) -> Path:
         """The folder of a finished result's files."""
@@ -164,6 +217,8 @@ class Lab:
 
     def find(self, kind: str, **spec: Any) -> dict[str, Any] | None:
         """A result's whole JSON, or None if it is missing."""
+        if not self.store.holds(kind):  # without a look at the data, which may take a minute to make
+            return None
         address = self.address(kind, spec)
         if address is None or address in self._found:
             return self._found.get(address)
@@ -252,6 +307,11 @@ class Lab:
         """Whether all results of a job are in the store."""
         return all(self.find(kind, **spec) for kind, spec in self._results_of(job))
 
+    def seems_done(self, job: Job) -> bool:
+        """The same at a glance: results are looked for, and not read whole."""
+        addresses = [self.address(kind, spec) for kind, spec in self._results_of(job)]
+        return all(address and self.store.has(*address) for address in addresses)
+
     def stored(self, wanted: Iterable[Job], kinds: Iterable[str]) -> list[dict[str, Any]]:
         """Whole JSON of what the jobs have in the store, of these kinds."""
         found = (self.find(kind, **spec) for kind, spec in self._all_of(wanted) if kind in kinds)
@@ -301,6 +361,7 @@ class Lab:
                 yield "quantization", spec
             if job.bits and job.run.routed:
                 yield "threshold", spec
+                yield from (("threshold", {**spec, "theta": aim}) for aim in self.profile.theta_aims)
 
     def compute(self, wanted: Iterable[Job]) -> list[Outcome]:
         """Do the jobs whose results are missing, in a pool of processes; failures are among the outcomes.
@@ -322,6 +383,7 @@ class Lab:
         wanted = list(wanted)
         check(self, wanted)
         sweep(self.directory)
+        sweep(self.figures)
         return [job for job in wanted if not self.is_done(job)]
 
     def model_bytes(self) -> int:
@@ -365,6 +427,12 @@ def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], N
         stages.perform(lab, job, report)
 
 
+def _what_is_read(profile: Profile) -> list[Any]:
+    """The settings on which a profile's examples depend."""
+    names = ("data", "data_dir", "alpaca", "limit", "evaluated")
+    return [*(getattr(profile, name) for name in names), profile.calibration.questions]
+
+
 def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
     """Without what has no effect on the numbers of a method, so that a new λ2 retrains only "qtale"."""
     dropped = {*WITHOUT_EFFECT, *UNUSED[method]}
@@ -381,6 +449,11 @@ def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
 def run_spec(run: Run, **more: Any) -> Spec:
     """The spec of a run's result: task, method, seed, and bits and theta where they apply."""
     return {"task": run.task, "method": run.method, "seed": run.seed, **more}
+
+
+def threshold_spec(spec: Spec) -> Spec:
+    """spec of the result that holds an evaluation's θ; the search of Sec. 3.4 has no rule's name."""
+    return {name: value for name, value in spec.items() if (name, value) != ("theta", "searched")}
 
 
 def _name(spec: Spec) -> str:

@@ -13,17 +13,18 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qtale_lib import benchmark_report
+from qtale_lib import benchmark_report, studies
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import needs
-from qtale_lib.lab import READ_ONLY, Lab
+from qtale_lib.lab import PATIENCE, READ_ONLY, Lab
 from qtale_lib.pool import THREAD_VARIABLES, Outcome, Task, Watcher
 from qtale_lib.provenance import ROOT
-from qtale_lib.store import digest, file_digest, read_json, write_json
+from qtale_lib.store import digest, file_digest, locked, read_json, write_json
 
 NOTEBOOKS = ROOT / "notebooks"
 KERNEL = "python3"
 SCOREBOARD = "00"
+SCORED = ("08", "09")  # notebooks whose studies' verdicts it has beside the profile's
 AT_ONCE = 2
 
 
@@ -81,9 +82,18 @@ class Executions:
         results = [self.lab.fingerprint(job) for job in needs(self.lab.profile, notebook.name)]
         if notebook.name[:2] == benchmark_report.NOTEBOOK:
             results.append(benchmark_report.fingerprint(self.lab))
+        results += [study.fingerprint() for study in self.studies(notebook)]
         return digest(
             file_digest(notebook), self.library, self.lab.profile.digest(), self.parameters, results
         )
+
+    def studies(self, notebook: Path) -> list[studies.Study]:
+        """The study that a notebook shows, if it shows one; the scoreboard has the verdicts of two."""
+        own = notebook.name[:2]
+        numbers = SCORED if own == SCOREBOARD else [own] if own in studies.NAMES else []
+        given = {name.lower(): value for name, value in self.parameters.items()}
+        profile, root = given.pop("profile", "tiny"), self.lab.directory.parent
+        return [studies.study_of(number, profile, root, **given) for number in numbers]
 
     def execute(self, notebooks: list[Path], watcher: Watcher) -> list[Outcome]:
         """Execute them, two at a time, the scoreboard after the others."""
@@ -103,6 +113,14 @@ class Executions:
         return outcome
 
     def _execute(self, notebook: Path) -> Outcome:
+        """Alone at it, where several reproductions share these results; done by another, it is done."""
+        started = time.monotonic()
+        with locked(self.lab.store.root / "locks" / f"notebook-{notebook.stem}"):
+            if time.monotonic() - started > PATIENCE and self._up_to_date(notebook):
+                return Outcome(notebook.stem, "done", time.monotonic() - started)
+            return self._execute_alone(notebook)
+
+    def _execute_alone(self, notebook: Path) -> Outcome:
         copy, started, began = self.directory / notebook.name, time.monotonic(), time.time()
         self._stamp(notebook).unlink(missing_ok=True)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -134,7 +152,8 @@ class Executions:
         """
         places = (self.lab.figures, self.lab.tables)
         files = [path for place in places if place.is_dir() for path in place.iterdir()]
-        return [path for path in files if path.stat().st_mtime >= began - 1]
+        written = [path for path in files if not path.name.startswith(".")]  # half written
+        return [path for path in written if path.stat().st_mtime >= began - 1]
 
 
 def as_task(notebook: Path) -> Task:

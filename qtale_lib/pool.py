@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from qtale_lib import machine
-from qtale_lib.errors import UserError
+from qtale_lib.errors import MachineError, UserError, of_machine
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GRACE_SECONDS = 5.0
@@ -50,7 +50,7 @@ class PutOff(Exception):
 class Outcome:
     """How a task ended: "done", "failed" or "skipped" (something it builds on failed); "put off" is no end.
 
-    refused: it failed by a UserError, whose sentence is `error`.
+    refused: the exit code of the UserError that it failed by, whose sentence is `error`; 0: by none.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Outcome:
     seconds: float = 0.0
     error: str = ""
     detail: str = ""
-    refused: bool = False
+    refused: int = 0
 
 
 @dataclass
@@ -149,9 +149,9 @@ def worker_slots(
 
 
 def _groups(gpus: list[str], processes: int) -> list[dict[str, str]]:
-    """The GPUs in groups of so many, each a worker's; UserError if there are too few for one group."""
+    """The GPUs in groups of so many, each a worker's; MachineError if there are too few for one group."""
     if len(gpus) < processes:
-        raise UserError(
+        raise MachineError(
             f"The profile asks for {processes} processes a fine-tuning, one GPU each, and {len(gpus)} are "
             "visible; set compute.processes to as many at most."
         )
@@ -263,8 +263,10 @@ def attempt(
     except PutOff:
         return PUT_OFF, ()
     except UserError as error:
-        return "failed", (str(error), "", True)
+        return "failed", (str(error), "", error.exit_code)
     except Exception as error:
+        if refusal := of_machine(error):
+            return "failed", (str(refusal), traceback.format_exc(), refusal.exit_code)
         return "failed", (f"{type(error).__name__}: {error}", traceback.format_exc())
     return "done", ()
 

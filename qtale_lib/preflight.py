@@ -19,7 +19,7 @@ from qtale_lib import estimates, hub, machine, memory, workload
 from qtale_lib.base import base_at_hand, base_directory, read_config, tensor_shapes
 from qtale_lib.data import Example
 from qtale_lib.data.prompts import render
-from qtale_lib.errors import UserError
+from qtale_lib.errors import DamagedError, MachineError, UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,6 +37,7 @@ SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "vocab_size",
 )  # fmt: skip
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
@@ -79,7 +80,7 @@ def check_folders(lab: Lab) -> None:
         try:
             tempfile.TemporaryFile(dir=existing(folder)).close()
         except OSError as error:
-            raise UserError(
+            raise MachineError(
                 f"{folder} cannot be written to ({error.strerror}); make it a folder that can, or set "
                 f"QTALE_{what}_DIR to one."
             ) from None
@@ -103,11 +104,12 @@ def check_base(profile: Profile) -> Path:
 
 @contextlib.contextmanager
 def _about_base(profile: Profile) -> Iterator[None]:
-    """UserError as the profile's refusal of its `base`."""
+    """UserError, of its kind, as the profile's refusal of its `base`."""
     try:
         yield
     except UserError as error:
-        raise profile.refusal("base", f"cannot be used: {str(error).removesuffix('.')}") from None
+        refusal = profile.refusal("base", f"cannot be used: {str(error).removesuffix('.')}")
+        raise type(error)(str(refusal)) from None
 
 
 def config_of(profile: Profile) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def _check_config(directory: Path) -> None:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{path}: model_type (= {json.dumps(family)}) must be one of {', '.join(FAMILIES)}.")
-    for name in SIZES:
+    for name in (*SIZES, *(name for name in OPTIONAL_SIZES if config.get(name) is not None)):
         if type(config.get(name)) is not int or config[name] < 1:
             shown = json.dumps(config.get(name))
             raise UserError(f"{path}: {name} (= {shown}) must be a whole number of at least 1.")
@@ -132,7 +134,7 @@ def _check_config(directory: Path) -> None:
 def _check_tokenizer(directory: Path) -> None:
     if not any(all((directory / name).is_file() for name in names) for names in TOKENIZERS):
         choices = ", or ".join(" with ".join(names) for names in TOKENIZERS)
-        raise UserError(f"{directory} holds no tokenizer; save one there: {choices}.")
+        raise DamagedError(f"{directory} holds no tokenizer; save one there: {choices}.")
     _fast_tokenizer(directory)
 
 
@@ -146,7 +148,7 @@ def _fast_tokenizer(directory: Path) -> Tokenizer | None:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the package knows no narrower kind
-        raise UserError(f"{path} is no readable tokenizer ({error}); copy or download it anew.") from None
+        raise DamagedError(f"{path} is no readable tokenizer ({error}); copy or download it anew.") from None
     tokenizer.no_truncation()
     return tokenizer
 
@@ -167,6 +169,26 @@ def check_settings(
     if any(job.bits and job.bits < 16 for job in jobs):
         _check_group_size(profile, config)
     _check_lora(profile, shapes)
+    _check_compression(profile, layers, jobs)
+
+
+def _check_compression(profile: Profile, layers: int, jobs: Sequence[Job]) -> None:
+    jobs = [job for job in jobs if job.bits]
+    widths = {job.bits for job in jobs if job.bits < 16}
+    if profile.quantization.widths == "mixed" and widths - {3}:
+        raise profile.refusal("quantization.widths", "mixes to 3 bits alone; set bits: [3], or [16, 3]")
+    if profile.pruning.is_none() or not jobs:
+        return
+    part = "weights" if profile.pruning.layers == "none" else "layers"
+    key, (method, _, amount) = f"pruning.{part}", getattr(profile.pruning, part).partition(" ")
+    if widths:
+        raise profile.refusal(key, "is for models in 16 bits; set bits: [16]")
+    if part == "layers" and profile.pruning.weights != "none":
+        raise profile.refusal(key, "does not go with pruned weights; set either of the two to none")
+    if part == "layers" and any(job.run.method != "full" for job in jobs):
+        raise profile.refusal(key, "is for models without routers; set methods: [full]")
+    if part == "layers" and method != "early_exit" and int(amount) >= layers:
+        raise profile.refusal(key, f"leaves none of the base's {layers} layers")
 
 
 def _check_group_size(profile: Profile, config: dict[str, Any]) -> None:
@@ -275,7 +297,7 @@ def check_disk(lab: Lab, shape: Shape, work: Sequence[Workload], jobs: Iterable[
         together = [other for other in places if places[other].stat().st_dev == place.stat().st_dev]
         needed, free = sum(needs[other] for other in together), psutil.disk_usage(str(place)).free
         if needed > free:
-            raise UserError(
+            raise MachineError(
                 f"profile {lab.profile.name}: {' and '.join(together)} need about {gib(needed)} on the disk "
                 f"of {place}, and {gib(free)} are free: {gib(needed - free)} too little; free some, or set "
                 f"{'QTALE_RESULTS_DIR' if name == 'results' else 'HF_HOME'} to a folder on another."
@@ -295,8 +317,8 @@ def capacity(now: Machine) -> float:
     return min(card.free for card in now.gpus) * (1 - memory.FRAGMENTED) - memory.CONTEXT
 
 
-def _too_large(what: str, needed: float, kind: str, has: float) -> UserError:
-    return UserError(
+def _too_large(what: str, needed: float, kind: str, has: float) -> MachineError:
+    return MachineError(
         f"{what} needs about {gib(needed)} of {kind}, and {gib(has)} can be had: {gib(needed - has)} too "
         "little; lower training.batch_size, training.eval_batch_size or max_length, or choose a smaller base."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -95,13 +96,18 @@ def read_profile(
         raise UserError(_sentence(model, settings, path, error)) from None
 
 
+def sets(name_or_path: str | Path, key: str) -> bool:
+    """Whether a profile's file, or one that it extends, sets a key; UserError as read_profile."""
+    return any(key in content for _, content in _chain(_locate(name_or_path)))
+
+
 def _locate(name: str | Path, folder: Path = Path()) -> Path:
     """The file of a shipped profile's name, or of a path that ends in .yaml or .yml, seen from `folder`."""
     if str(name).endswith((".yaml", ".yml")):
-        path = folder / Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(f"{path} is not there; give the path of a profile's YAML file that exists.")
-        return path
+        with contextlib.suppress(OSError, RuntimeError):  # too long a name, ~ of an unknown user
+            if (path := folder / Path(name).expanduser()).is_file():
+                return path
+        raise UserError(f"{folder / name} is not there; give the path of a profile's YAML file that exists.")
     shipped = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
     if name not in shipped:
         raise UserError(
@@ -152,7 +158,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}, line {line}: not readable as YAML ({error.problem}); write `key: value` on each line."
         ) from None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except (
+        Exception
+    ) as error:  # of every kind: an explicit tag, such as !!int, converts whatever it stands at
         raise UserError(
             f"{path} cannot be read ({type(error).__name__}); a profile is a YAML file in UTF-8."
         ) from None
@@ -200,14 +208,17 @@ def _settle_places(settings: Settings) -> None:
 
 def _folder(place: str | Path, source: Path | str | None) -> Path | None:
     near = [source.parent] if isinstance(source, Path) else []
-    candidates = (folder / Path(place).expanduser() for folder in [*near, Path()])
-    return next((path.resolve() for path in candidates if path.is_dir()), None)
+    try:
+        candidates = [folder / Path(place).expanduser() for folder in [*near, Path()]]
+        return next((path.resolve() for path in candidates if path.is_dir()), None)
+    except (OSError, RuntimeError):  # too long a name, no right to look, ~ of an unknown user
+        return None
 
 
 def _sentence(model: type[BaseModel], settings: Settings, path: Path, error: ValidationError) -> str:
     """What is wrong with the first value refused: file, key, value, what is allowed."""
     first = error.errors(include_url=False)[0]
-    keys, value = _walk(settings.values, first["loc"])
+    keys, value = _walk(model, settings.values, first["loc"])
     parents, name = keys[:-1], ".".join(keys)
     if first["type"] == "missing" and first["loc"] == keys:
         complaint = f"{name} is missing; it must be {_allowed(model, keys, first['msg'])}"
@@ -222,13 +233,17 @@ def _sentence(model: type[BaseModel], settings: Settings, path: Path, error: Val
     return f"{settings.source(keys) or path}: {complaint}."
 
 
-def _walk(values: Any, location: Keys) -> tuple[tuple[str, ...], Any]:
-    """The dotted key of a refused value, and the value, or the one entry of a list that was refused."""
+def _walk(model: type[BaseModel] | None, values: Any, location: Keys) -> tuple[tuple[str, ...], Any]:
+    """The dotted key of a refused value, and the value, or the one entry of a list that was refused.
+
+    A location goes on below a setting, by names that are no keys, where it can be of several types.
+    """
     keys: list[str] = []
     for step in location:
-        if isinstance(values, dict):
-            keys.append(str(step))
+        if model and isinstance(step, str) and isinstance(values, dict):
+            keys.append(step)
             values = values.get(step)
+            model = _inner(model.model_fields[step]) if step in model.model_fields else None
         elif isinstance(values, list | tuple) and isinstance(step, int) and step < len(values):
             values = values[step]
     return tuple(keys), values
@@ -237,8 +252,13 @@ def _walk(values: Any, location: Keys) -> tuple[tuple[str, ...], Any]:
 def _section(model: type[BaseModel], keys: tuple[str, ...]) -> type[BaseModel]:
     if not keys:
         return model
-    annotation = model.model_fields[keys[0]].annotation
-    return _section(next(iter(get_args(annotation)), annotation), keys[1:])  # of a list of sections: one
+    return _section(_inner(model.model_fields[keys[0]]), keys[1:])
+
+
+def _inner(info: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field is, or that each of its list is; None for a field of another kind."""
+    kind = next(iter(get_args(info.annotation)), info.annotation)
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def _allowed(model: type[BaseModel], keys: tuple[str, ...], message: str) -> str:
@@ -272,9 +292,13 @@ def _did_you_mean(value: str, options: list[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """The value as YAML would have it, shortened."""
+    """The value as YAML would have it, shortened; of one that aliases make huge, only the start."""
+    text = ""
     try:
-        text = json.dumps(value, default=str, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = repr(value)
+        for piece in json.JSONEncoder(default=str, ensure_ascii=False).iterencode(value):
+            text += piece
+            if len(text) > 80:
+                break
+    except (TypeError, ValueError, RecursionError):  # keys that are no text, a number of thousands of digits
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,20 @@ KEPT_LISTS = ("coarse", "fine")
 OWN = ("git_commit", "device", "seconds", "peak_memory_bytes", "finished_at")  # of a result's provenance
 
 
-def publish(lab: Lab, results: Path | None = None, figures: Path | None = None) -> list[Path]:
-    """Copy tables, figures and results; returns the files. UserError if the profile is not finished."""
-    missing = [job.name for job in all_jobs(lab.profile) if not lab.is_done(job)]
+def publish(
+    lab: Lab, results: Path | None = None, figures: Path | None = None, others: Iterable[Lab] = ()
+) -> list[Path]:
+    """Copy tables, figures and results; returns the files. UserError if the profile is not finished.
+
+    `others`: labs of a study's further settings, which must be finished too; their results stay behind.
+    """
+    others = list(others)
+    missing = [job.name for own in (lab, *others) for job in all_jobs(own.profile) if not own.is_done(job)]
     if missing or not lab.tables.is_dir() or not lab.figures.is_dir():
+        name = lab.profile.name
         raise UserError(
-            f"Profile {lab.profile.name} is not finished ({len(missing)} jobs missing); "
-            f"run `python -m qtale_lib run --profile {lab.profile.name}` first."
+            f"Profile {name} is not finished ({len(missing)} jobs missing); "
+            f"run `python -m qtale_lib {f'study {name}' if others else f'run --profile {name}'}` first."
         )
     results = _emptied((results or ROOT / "results" / REFERENCE) / lab.profile.name)
     figures = _emptied((figures or ROOT / "figures" / REFERENCE) / lab.profile.name)

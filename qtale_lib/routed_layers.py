@@ -69,11 +69,17 @@ class RoutingState:
     def __init__(self, config: RouterConfig, n_layers: int):
         self.config, self.n_layers = config, n_layers
         self.routed_layers = list(range(config.always_run_layers, n_layers))
-        self.theta = 0.5
+        self.theta: float | list[float] = 0.5  # of all routed layers, or of each
         self.execution = "auto"
         self.generator: torch.Generator | None = None
         self.keys: Sequence[Sequence[int]] | None = None
         self.recorder: Routes | None = None
+
+    def theta_of(self, layer: int) -> float:
+        """The θ by which a layer decides."""
+        if isinstance(self.theta, list):
+            return self.theta[layer - self.config.always_run_layers]
+        return self.theta
 
     def noise_like(self, logits: Tensor) -> Tensor:
         """Gumbel noise for all routed layers, from one draw: [B, T, 2] -> [routed layers, B, T, 2]."""
@@ -118,7 +124,7 @@ class ForwardPass:
 
     def decide(self, layer: int, logits: Tensor) -> Tensor:
         """Evaluation: the rule of θ (Eq. 9). [B, T, 2] -> bool [B, T]."""
-        executed = decide(logits, self.state.theta) | self.reserved
+        executed = decide(logits, self.state.theta_of(layer)) | self.reserved
         if self.state.recorder is not None:
             self.logits[layer], self.executed[layer] = logits.detach(), executed & self.valid
         return executed

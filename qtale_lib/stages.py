@@ -24,18 +24,20 @@ from qtale_lib.base import base_directory, device, load_tokenizer
 from qtale_lib.calibration import search_threshold
 from qtale_lib.data import subset
 from qtale_lib.data.prompts import render
-from qtale_lib.errors import UserError
+from qtale_lib.errors import DamagedError, UserError
 from qtale_lib.evaluation import evaluate_choices, perplexity, rows_that_fit
 from qtale_lib.generation import Generated, generate
 from qtale_lib.harness import evaluate_own_task
 from qtale_lib.jobs import Job, Run, rules
 from qtale_lib.lab import Lab, Spec, run_spec
 from qtale_lib.preflight import gib
+from qtale_lib.pruning import prune
 from qtale_lib.quantization import apply_search, quantize, save_search
 from qtale_lib.quantization.packed_files import RECORD, load_packed
 from qtale_lib.quantization.streaming import apply_search_streamed, quantize_streamed
 from qtale_lib.store import file_digest
 from qtale_lib.streamed_model import StreamedModel
+from qtale_lib.threshold_rules import aim
 from qtale_lib.trainer import is_router
 from qtale_lib.training import finetune
 
@@ -70,7 +72,7 @@ def finetune_run(lab: Lab, run: Run, report: Report) -> dict[str, Any]:
             value = distributed.finetune(profile, *wanted, directory, report)
         else:
             value = finetune(profile, *wanted, directory, report, lab.examples(run.task, "train"))
-        return {**value, "adapter_sha256": file_digest(*directory.glob("*.safetensors"))}
+        return {**value, "adapter_sha256": _adapter_digest(directory)}
 
     return lab.once("finetune", run_spec(run), compute)
 
@@ -81,6 +83,9 @@ def evaluate_run(lab: Lab, run: Run, bits: int, report: Report) -> None:
     if run.routed:
         spec = run_spec(run, bits=bits)
         lab.once("threshold", spec, lambda _: find_threshold(lab, spec, *model()))
+        for aim in lab.profile.theta_aims:
+            aimed = {**spec, "theta": aim}
+            lab.once("threshold", aimed, functools.partial(_aim, lab, aimed, model))
     report(0.5)
     wanted = rules(lab.profile, run.method)
     for done, rule in enumerate(wanted, start=1):
@@ -99,20 +104,36 @@ def prepared_model(lab: Lab, run: Run, bits: int) -> tuple[PreTrainedModel, PreT
     if bits < 16 and lab.model_bytes() >= STREAMED_FROM:
         return streamed_model(lab, run, bits, tokenizer), tokenizer
     model = merged_model(weights_of(lab, run)).to(device())
+    if not lab.profile.pruning.is_none():
+        pruned(lab, run, model, tokenizer)
     if bits < 16:
         quantized(lab, run_spec(run, bits=bits), model, tokenizer)
     return model.eval(), tokenizer
 
 
 def weights_of(lab: Lab, run: Run) -> Path:
-    """The folder of a fine-tuned run; UserError if its result came without."""
+    """The folder of a fine-tuned run.
+
+    Raises:
+        UserError: if its result came without.
+        DamagedError: if what lies there is not what was trained.
+    """
     weights = lab.files("finetune", run_spec(run))
     if not weights.is_dir():
         raise UserError(
             f"The weights of {run.name} are not here, as its results were restored from an archive; "
             f"delete {weights}.json and run again, which fine-tunes it anew."
         )
+    if _adapter_digest(weights) != lab.result("finetune", **run_spec(run))["value"]["adapter_sha256"]:
+        raise DamagedError(
+            f"The weights of {run.name} in {weights} are not those that were trained (sha256); "
+            f"delete {weights}.json and run again, which fine-tunes it anew."
+        )
     return weights
+
+
+def _adapter_digest(weights: Path) -> str:
+    return file_digest(*weights.glob("*.safetensors"))
 
 
 def merged_model(directory: Path) -> PreTrainedModel:
@@ -133,6 +154,11 @@ def streamed_model(lab: Lab, run: Run, bits: int, tokenizer: PreTrainedTokenizer
             raise UserError(
                 f"quantization.backend of profile {lab.profile.name} must be native: a base of "
                 f"{gib(lab.model_bytes())} is quantized layer by layer, which autoawq cannot."
+            )
+        if settings.pop("widths") != "uniform":
+            raise UserError(
+                f"quantization.widths of profile {lab.profile.name} must be uniform: a base of "
+                f"{gib(lab.model_bytes())} is quantized layer by layer, and mixed widths need all of it."
             )
         report = quantize_streamed(streamed(), directory / PACKED, tokenizer, texts, **settings)
         save_search(report, directory)
@@ -179,6 +205,13 @@ def quantized(lab: Lab, spec: Spec, model: PreTrainedModel, tokenizer: PreTraine
         apply_search(model, lab.files("quantization", spec))
 
 
+def pruned(lab: Lab, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prune the model in place, as the profile says."""
+    set_threshold_if_routed(model, calibration_theta(run.method))
+    how = lab.profile.pruning.model_dump()
+    prune(model, tokenizer, calibration_texts(lab, run.task), max_length=lab.profile.max_length, **how)
+
+
 def calibration_theta(method: str) -> float:
     """θ while the quantizer sees its texts."""
     return 0.0 if method == "noisy_full" else 0.5
@@ -193,12 +226,13 @@ def quantizer_settings(lab: Lab, bits: int) -> dict[str, Any]:
         "group_size": lab.profile.group_size,
         "backend": settings.backend,
         "lm_head_bits": settings.lm_head_bits,
+        "widths": settings.widths,
         "max_length": lab.profile.max_length,
     }
 
 
 def calibration_texts(lab: Lab, task: str) -> list[str]:
-    """Training texts, prompt and response, that the quantizer sees; never a test or θ question."""
+    """Training texts, prompt and response, that quantizers and pruners see; never a test or θ question."""
     chosen = subset(lab.examples(task, "train"), lab.profile.quantization.calibration_texts)
     rendered = [render(example, lab.profile.prompt) for example in chosen]
     return [f"{text.prompt} {text.target}" for text in rendered]
@@ -219,6 +253,7 @@ def find_threshold(
         coarse_step=steps.coarse_step,
         fine_step=steps.fine_step,
         tolerance=steps.tolerance,
+        objective=steps.objective,
         **fitting(lab),
     )
     settings = fitting(lab)
@@ -226,11 +261,19 @@ def find_threshold(
     return {**search.as_dict(), **rows_that_fit(examples, tokenizer, **settings)}
 
 
+def _aim(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
+    """The θ of a rule that aims at a cost (threshold_rules.py)."""
+    prepared, tokenizer = model()
+    examples = lab.examples(spec["task"], "calibration")
+    return aim(prepared, tokenizer, examples, spec["theta"], **fitting(lab)).as_dict()
+
+
 def _evaluate(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
     prepared, tokenizer = model()
     theta = lab.theta(spec)
     set_threshold_if_routed(prepared, theta)
-    return {**measure(lab, spec["task"], prepared, tokenizer), "theta": theta}
+    done = {"pruning": prepared.pruning} if hasattr(prepared, "pruning") else {}
+    return {**measure(lab, spec["task"], prepared, tokenizer), "theta": theta, **done}
 
 
 def measure(

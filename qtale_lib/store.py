@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from qtale_lib.errors import DamagedError
+
 SCHEMA = 1
 POLL = 0.1  # seconds between two looks at a lock
+HEAD, END = 512, b"\n}\n"  # bytes of a result in which `put` writes what it is, and its last ones
 DAY = 24 * 3600.0  # seconds; no writer of one file lives that long
 
 
@@ -45,25 +48,33 @@ def file_digest(*paths: Path) -> str:
     return total.hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace the file atomically and durably; numbers that are not finite become null."""
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Where to write what is to be at a path: it comes there at one stroke and durably, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(_lines(_finite(value)))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        yield temporary
+        os.fsync(handle)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file, as `replaced` does; numbers that are not finite become null."""
+    with replaced(path) as file:
+        file.write_text(_lines(_finite(value)), encoding="utf-8")
 
 
 def sweep(folder: Path) -> None:
     """Remove the temporary files that writers killed a day ago, or earlier, left in a folder or below it."""
-    for path in folder.rglob(".*.json.????????"):
+    for path in folder.rglob(".*.*.????????"):
         with contextlib.suppress(FileNotFoundError):  # another process sweeps too
             if path.stat().st_mtime < time.time() - DAY:
                 path.unlink()
@@ -85,7 +96,7 @@ def read_json(path: Path) -> Any:
     """The file's value, or None if it is missing, cut off or not JSON: then it is computed again."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
 
 
@@ -133,6 +144,30 @@ def _lock(handle: IO[str], patience: float | None) -> bool:
         time.sleep(POLL)
 
 
+def is_sound(result: Any) -> bool:
+    """Whether a JSON value has the shape of a finished result."""
+    parts = ("spec", "value", "provenance")
+    return (
+        isinstance(result, dict)
+        and result.get("schema") == SCHEMA
+        and result.get("status") == "done"
+        and "key" in result
+        and all(isinstance(result.get(part), dict) for part in parts)
+    )
+
+
+def inside(folder: Path, *names: str) -> Path:
+    """A path below a folder; names that come from elsewhere cannot lead out of it.
+
+    Raises:
+        DamagedError: for a name that is no single step down.
+    """
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise DamagedError(f"{name!r} is no name of a file in {folder}; what it came with is damaged.")
+    return folder.joinpath(*names)
+
+
 @dataclass(frozen=True)
 class Parcel:
     """A result on its way to another store: (kind, name, key), its JSON, and its files by relative path."""
@@ -150,17 +185,33 @@ class Store:
 
     def path(self, kind: str, name: str, key: str) -> Path:
         """Where a result's JSON lies, whether or not it is there."""
-        return self.root / kind / f"{name}-{key}.json"
+        files = self.files(kind, name, key)
+        return files.with_name(f"{files.name}.json")
+
+    def holds(self, kind: str) -> bool:
+        """Whether a result of this kind was ever begun."""
+        return (self.root / kind).is_dir()
 
     def files(self, kind: str, name: str, key: str) -> Path:
         """Where a result's files lie."""
-        return self.root / kind / f"{name}-{key}"
+        return inside(self.root, kind, f"{name}-{key}")
 
     def get(self, kind: str, name: str, key: str) -> dict[str, Any] | None:
         """A finished result, or None; a damaged one, or one of another schema, counts as missing."""
         result = read_json(self.path(kind, name, key))
-        sound = isinstance(result, dict) and result.get("schema") == SCHEMA and result.get("key") == key
-        return result if sound and result.get("status") == "done" and "value" in result else None
+        return result if is_sound(result) and result["key"] == key else None
+
+    def has(self, kind: str, name: str, key: str) -> bool:
+        """Whether a result seems to be there, by its first and last bytes, which alone are read."""
+        try:
+            with self.path(kind, name, key).open("rb") as file:
+                head = file.read(HEAD).decode(errors="replace")
+                file.seek(-len(END), os.SEEK_END)
+                whole = file.read() == END
+        except OSError:
+            return False
+        said = (f'"schema": {SCHEMA},', f'"key": {json.dumps(key)},', '"status": "done",')
+        return whole and all(part in head for part in said)
 
     def put(self, kind: str, name: str, key: str, **parts: Any) -> dict[str, Any]:
         """Write a finished result: spec, value, config and provenance."""
@@ -182,7 +233,7 @@ class Store:
         if self.get(*parcel.address):
             return
         for relative, content in parcel.files.items():
-            path = self.files(*parcel.address) / relative
+            path = inside(self.files(*parcel.address), *Path(relative).parts)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         write_json(self.path(*parcel.address), parcel.result)

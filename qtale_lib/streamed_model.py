@@ -54,8 +54,12 @@ class StreamedModel:
     def __init__(self, directory: str | Path, device: torch.device | str = "cpu"):
         directory = Path(directory)
         record = read_record(directory) if (directory / RECORD).is_file() else {"adapter": False}
-        folder = find_base(record["base"]["name"]) if record["adapter"] else directory
-        config = AutoConfig.from_pretrained(folder)
+        folder = (
+            find_base(record["base"]["name"], record["base"].get("revision"))
+            if record["adapter"]
+            else directory
+        )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         dtype = getattr(torch, record["base"]["dtype"]) if record["adapter"] else config.dtype
         self.device = torch.device(device)
         self.model = empty_model(config, dtype, record.get("routers"), record.get("threshold"))
@@ -151,7 +155,7 @@ def empty_model(
 ) -> PreTrainedModel:
     """A causal model with routers (the fields of RouterConfig; None: without), no memory behind any of it."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         if routers is not None:
             add_routers(model, RouterConfig(**routers))
             set_threshold(model, threshold)

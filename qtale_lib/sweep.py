@@ -1,8 +1,8 @@
 """A sweep of hyperparameters before a recipe is frozen: `python -m qtale_lib sweep`.
 
 A sweep's YAML is a profile with `factors`: each is varied alone, the other settings staying as the profile
-has them, for all methods alike. It must say `evaluated: validation`: what is chosen by it is tested on facts
-that the choice has not seen.
+has them but for those that `alongside` sets with it. A recipe's must say `evaluated: validation`: what is
+chosen by it is tested on facts that the choice has not seen.
 """
 
 from __future__ import annotations
@@ -37,12 +37,23 @@ def _lists(factors: dict[str, Any]) -> dict[str, Any]:
 
 
 class Sweep(Profile):
-    """A profile, and for dotted names of its settings ("training.lr") the values to try beside its own."""
+    """A profile, and for dotted names of its settings ("training.lr") the values to try beside its own.
+
+    alongside: for some of these names, other settings that hold while it is varied, such as `methods` (those
+    that have it) or `theta_sweep`.
+    """
 
     factors: Annotated[
         dict[str, Any],
         AfterValidator(_lists),
         Field(min_length=1, description="a mapping of settings, such as training.lr, to lists of values"),
+    ]
+    alongside: Annotated[
+        dict[str, dict[str, Any]],
+        Field(
+            default_factory=dict,
+            description="a mapping of some of the factors to further settings while they are varied",
+        ),
     ]
 
 
@@ -69,7 +80,9 @@ def settings(sweep: Sweep) -> list[Setting]:
     Raises:
         UserError: for a factor that is no setting, and for a value that it cannot have.
     """
-    own = sweep.model_dump(mode="json", exclude={"factors"})
+    if strange := set(sweep.alongside) - set(sweep.factors):
+        raise sweep.refusal("alongside", f"names {min(strange)}, which is not varied")
+    own = sweep.model_dump(mode="json", include=set(Profile.model_fields))
     found = [Setting(None, None, Profile.model_validate(own))]
     for factor, values in sweep.factors.items():
         for value in values:
@@ -89,15 +102,15 @@ def _changed(own: dict[str, Any], factor: str, value: Any, sweep: Sweep) -> Prof
     for name in reversed(sections):
         changed = {name: changed}
     try:
-        return Profile.model_validate(_merged(own, changed))
+        return Profile.model_validate(_merged(_merged(own, sweep.alongside.get(factor, {})), changed))
     except ValidationError:
         complaint = f"gives {factor} the value {shown(value)}, which it cannot have (it has {shown(held)})"
         raise sweep.refusal("factors", complaint) from None
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _merged(old[k], v) if isinstance(v, dict) else v for k, v in new.items()}
-    return {**old, **both}
+    inner = {k: v for k, v in new.items() if isinstance(v, dict) and isinstance(old.get(k), dict)}
+    return {**old, **new, **{k: _merged(old[k], v) for k, v in inner.items()}}
 
 
 def chosen(profile: Any) -> str:

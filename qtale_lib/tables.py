@@ -16,7 +16,7 @@ import pandas as pd
 
 from qtale_lib.config import EARLIER, LABELS
 from qtale_lib.provenance import ROOT
-from qtale_lib.store import read_json
+from qtale_lib.store import read_json, replaced
 
 if TYPE_CHECKING:
     from qtale_lib.lab import Lab
@@ -100,10 +100,10 @@ def _latex_row(cells: Any) -> str:
 
 def save(table: Table, directory: Path) -> Table:
     """Write <name>.md, .tex and .csv into `directory`; returns the table, for a notebook to show."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{table.name}.md").write_text(to_markdown(table), encoding="utf-8")
-    (directory / f"{table.name}.tex").write_text(to_latex(table), encoding="utf-8")
-    table.frame.to_csv(directory / f"{table.name}.csv", index=False, lineterminator="\n")
+    csv = table.frame.to_csv(index=False, lineterminator="\n")
+    for suffix, text in (("md", to_markdown(table)), ("tex", to_latex(table)), ("csv", csv)):
+        with replaced(directory / f"{table.name}.{suffix}") as file:
+            file.write_text(text, encoding="utf-8")
     return table
 
 
@@ -236,7 +236,7 @@ def _reference_note(lab: Lab, provenance: Any) -> str:
 def _other_settings(lab: Lab, provenance: dict[str, Any]) -> list[str]:
     """Dotted keys of the profile with other values in the reference; "base" for other weights alone."""
     here, there = _dotted(lab.profile.model_dump(mode="json")), _dotted(provenance["profile"])
-    there = {**EARLIER, **there}
+    there = {**_dotted(EARLIER), **there}
     other = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     same_base = lab.base()["sha256"] == provenance["base"]["sha256"]
     names = [key for key in other if key.split(".")[0] not in (*LABELS, "base", "revision")]

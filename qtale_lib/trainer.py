@@ -8,7 +8,7 @@ routers and none of their decisions (see `only_noise`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from qtale_lib import checkpoints
 from qtale_lib.adaptive import Routes, keyed_noise, record_routes, reserved_tokens
 from qtale_lib.data.encoding import IGNORED
-from qtale_lib.errors import UserError
+from qtale_lib.errors import DamagedError, UserError
+from qtale_lib.finite import first_non_finite_layer, place
 from qtale_lib.losses import counted_tokens, entropy_loss, lambda1_at, rate_excess, rate_loss, total_loss
 
 TRAINABLE_FILE = "trainable.safetensors"
@@ -268,11 +269,15 @@ class RoutedTrainer(Trainer):
             ce = response_loss(model, **inputs) / counts.response
             terms = {"ce": ce, "total": ce}
         if not self._over_processes(terms["total"].detach()).isfinite():
-            layer = self._first_of_processes(first_non_finite_layer(model, _read(inputs)))
+            layer = self._first_of_processes(self._first_layer(model, inputs))
             raise UserError(describe_divergence(layer, self.state.global_step))
         self._add_up({name: value.detach() for name, value in terms.items() if name != "total"})
         # gradients are averaged over processes, and the terms are parts of a sum
         return terms["total"] * self.args.world_size
+
+    def _first_layer(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
+        """The first layer whose output is not finite on a batch."""
+        return first_non_finite_layer(decoder_of(model).layers, lambda: response_loss(model, **_read(inputs)))
 
     def _first_of_processes(self, layer: int | None) -> int | None:
         """The least layer that any process names."""
@@ -398,7 +403,9 @@ def load_trainable(model: nn.Module, path: str) -> None:
     saved, own = load_file(path), trainable_state(model)
     if saved.keys() != own.keys():
         name = min(saved.keys() ^ own.keys())
-        raise UserError(f"{path} is of another model: {name} is only on one side; delete it and run again.")
+        raise DamagedError(
+            f"{path} is of another model: {name} is only on one side; delete it and run again."
+        )
     with torch.no_grad():
         for name, tensor in saved.items():
             own[name].copy_(tensor)
@@ -406,27 +413,5 @@ def load_trainable(model: nn.Module, path: str) -> None:
 
 def describe_divergence(layer: int | None, step: int) -> str:
     """One sentence naming the step and the first decoder layer whose output is not finite."""
-    where = "after the last layer" if layer is None else f"in layer {layer}"
-    return (
-        f"Training diverged at step {step}: the first non-finite numbers appear {where}; "
-        "lower training.lr or training.router_lr in the profile."
-    )
-
-
-def first_non_finite_layer(model: nn.Module, inputs: Mapping[str, Tensor]) -> int | None:
-    """The first decoder layer whose output is not finite on a batch; None if every layer's is."""
-    bad: list[int] = []
-
-    def watch(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not torch.isfinite(output[0] if isinstance(output, tuple) else output).all():
-                bad.append(index)
-
-        return hook
-
-    handles = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(decoder_of(model).layers)]
-    with torch.no_grad():
-        response_loss(model, **inputs)
-    for handle in handles:
-        handle.remove()
-    return min(bad, default=None)
+    cure = "lower training.lr or training.router_lr in the profile" if step else "look at the base's weights"
+    return f"Training diverged at step {step}: the first non-finite numbers appear {place(layer)}; {cure}."

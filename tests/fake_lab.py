@@ -41,7 +41,7 @@ def profile(**changes: Any) -> SimpleNamespace:
         "training": SimpleNamespace(rate_target=0.5, epochs=10),
         "quantization": SimpleNamespace(lm_head_bits=16, method="awq", backend="native"),
         "routing": SimpleNamespace(hidden=None, always_run_layers=ALWAYS_RUN, always_run_tokens=2),
-        "theta_sweep": [],
+        "theta_sweep": [], "theta_aims": [],
     }  # fmt: skip
     assert set(changes) <= set(fields)
     return SimpleNamespace(**{**fields, **changes}, digest=lambda *sections: "0" * 16)

@@ -12,7 +12,7 @@ from qtale_lib.config import Profile
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Run, all_jobs
 from qtale_lib.lab import Lab, run_spec
-from qtale_lib.pool import Outcome, PutOff, Task, Watcher, run_tasks
+from qtale_lib.pool import Outcome, PutOff, Task, Watcher, attempt, run_tasks
 from qtale_lib.progress import PlainWatcher
 from qtale_lib.store import locked
 
@@ -116,6 +116,16 @@ def run_here(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: Wa
             outcomes[task.name] = Outcome(task.name, "done")
         except UserError as error:
             outcomes[task.name] = Outcome(task.name, "failed", error=str(error), refused=True)
+    return list(outcomes.values())
+
+
+def attempt_here(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: Watcher) -> list[Outcome]:
+    """The same, and what fails is an outcome as it is in a worker."""
+    outcomes: dict[str, Outcome] = {}
+    for task in tasks:
+        lost = any(outcomes[name].status != "done" for name in task.after if name in outcomes)
+        status, rest = ("skipped", ()) if lost else attempt(task.work, task.arguments, lambda share: None)
+        outcomes[task.name] = Outcome(task.name, status, 0.0, *rest)
     return list(outcomes.values())
 
 

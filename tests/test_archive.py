@@ -72,7 +72,7 @@ def test_restore_says_how_much_of_the_profile_is_done(
     lab, folder, tmp_path, monkeypatch, capsys, changes, said
 ):
     other = Lab(lab.profile.model_copy(update=changes), tmp_path / "clone")
-    monkeypatch.setattr(artefacts, "Lab", lambda _: other)
+    monkeypatch.setattr(artefacts.studies, "labs", lambda _: [other])
     monkeypatch.setattr(archive, "restore", partial(archive.restore, folder=folder))
     artefacts.restore("smoke")
     first, *rest = capsys.readouterr().out.splitlines()

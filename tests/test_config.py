@@ -216,7 +216,15 @@ KEYS = "allowed there are"
         ("calibration: {fine_step: 0.1}",
          "calibration.fine_step (= 0.1) must be a number above 0 and at most coarse_step"),
         ("quantization: {backend: autoawq, method: rtn}",
-         'quantization.method (= "rtn") must be awq or, with backend native, rtn'),
+         'quantization.method (= "rtn") must be awq or, with backend native, rtn, gptq or magr_gptq'),
+        ("pruning: {weights: wanda 1.5}",
+         'pruning.weights (= "wanda 1.5") must be none, or magnitude or wanda with a share or pattern, such '
+         "as wanda 0.5 or wanda 2:4 (did you mean wanda)"),
+        ("pruning: {layers: sleb}",
+         'pruning.layers (= "sleb") must be none, block_influence or sleb with a number of layers, or '
+         "early_exit with a confidence, such as sleb 3 or early_exit 0.9"),
+        ("quantization: {backend: autoawq, widths: mixed}",
+         'quantization.widths (= "mixed") must be uniform or, with backend native, mixed'),
         ("base: ./nope",
          "base (= ./nope) must be microworld, an existing folder, a name in QTALE_MODELS_DIR, or a hub id"),
         ("base: 5", "base (= 5) must be a text (in quotes if it reads as a number)"),
@@ -288,7 +296,7 @@ def test_a_circle_of_two_is_found(write):
         ("just words", 'bad.yaml (= "just words") must be a mapping: '),
         (b"\xff\xfe\xff", "bad.yaml cannot be read (UnicodeDecodeError)"),
         (b"a: \x07", "bad.yaml cannot be read (ReaderError)"),
-        ("bits: &a [*a]", "bad.yaml: bits (= [[...]]) must be "),
+        ("bits: &a [*a]", "bad.yaml: bits (= a list) must be "),
     ],
 )
 def test_a_file_that_is_no_profile_is_one_sentence(write, content, start):
@@ -376,6 +384,8 @@ def test_digest_sees_every_section_and_a_stages_only_its_own(section, tmp_path):
         "max_steps": 7,
         "max_length": 77,
         "theta_sweep": [0.1],
+        "theta_aims": ["ratio 0.6"],
+        "pruning": {"weights": "wanda 2:4"},
     }
     profile = load_profile(
         "tiny", **{section: new.get(section) or changed(tiny.model_dump(mode="json")[section])}

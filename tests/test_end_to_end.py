@@ -22,6 +22,8 @@ from qtale_lib.jobs import RULES
 from qtale_lib.lab import Lab
 from qtale_lib.provenance import ROOT
 
+TOKENS = ("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
+SECRET = "hf_secretsecretsecretsecretsecretsecret"
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -29,12 +31,19 @@ def run(places: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "qtale_lib", "run", "--profile", "smoke", *arguments],
         cwd=places["QTALE_RESULTS_DIR"],  # any folder: nothing depends on where it is started
-        env={**os.environ, **places, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **places, **watched(places)},
         capture_output=True,
         text=True,
         timeout=1500,
         check=False,
     )
+
+
+def watched(places: dict[str, str]) -> dict[str, str]:
+    """No network, and tokens that must not be found anywhere afterwards."""
+    path = os.pathsep.join((str(ROOT / "tests" / "no_network"), str(ROOT)))
+    log = Path(places["QTALE_RESULTS_DIR"]) / "network"
+    return {"PYTHONPATH": path, "QTALE_TEST_NETWORK": str(log), **dict.fromkeys(TOKENS, SECRET)}
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +120,18 @@ def test_every_result_of_the_grid_is_in_the_store(lab):
     )
     assert frame[frame.theta_rule == "zero"].execution_ratio.eq(1).all()
     assert frame.execution_ratio.between(0, 1).all()
+
+
+def test_no_process_tried_to_reach_another_machine(first, places):
+    log = Path(places["QTALE_RESULTS_DIR"]) / "network"
+    assert not log.exists(), log.read_text()
+
+
+def test_no_token_is_in_what_is_said_or_written(first, places):
+    assert SECRET not in first.stdout + first.stderr
+    files = [path for place in places.values() for path in Path(place).rglob("*") if path.is_file()]
+    assert len(files) > 100
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 def test_again_it_computes_and_executes_nothing(lab, places):

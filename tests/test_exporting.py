@@ -4,22 +4,49 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_study
+import pandas as pd
 import pytest
 from fake_bench import made_up
 from fake_lab import FakeLab
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from qtale_lib import benchmark_report, exporting, figures, noise, overview
+from qtale_lib import (
+    benchmark_report,
+    execution_ratio,
+    exporting,
+    figures,
+    noise,
+    overview,
+    sensitivity,
+    theta_aims,
+)
 from qtale_lib.cli import app, artefacts
 from qtale_lib.errors import UserError
 from qtale_lib.exporting import DRAWN, Look, export_figures, export_tables, inches
 from qtale_lib.measurements import Measurements
+from qtale_lib.studies import NAMES, SHIPPED
 
 STORE = Measurements(FakeLab(tasks=["arc_easy", "siqa"], seeds=[0, 1]))
+# with no more than a task and two seeds, of the tasks of both
+SMALL = {"tasks": ["arc_easy"], "seeds": 2}
+STUDIES = {
+    number: fake_study.study(SHIPPED / f"{name}.yaml", questions=30, **SMALL)
+    for number, name in NAMES.items()
+}
+
+
+def effects_of(factor: str) -> pd.DataFrame:
+    """A factor's rows."""
+    found = sensitivity.effects(STUDIES["10"])
+    return found[found.factor == factor]
+
+
 FRAMES = {
     "figure_1_overview": lambda: overview.frame(STORE),
     "figure_2_layer_execution_dllm": lambda: STORE.ratios_by_layer("dllm"),
@@ -32,6 +59,9 @@ FRAMES = {
     "table_4_theta_curves": lambda: STORE.theta_curves(),
     "bench_latency": lambda: benchmark_report.latency_frame(made_up()),
     "bench_memory": lambda: benchmark_report.memory_frame(made_up()),
+    "execution_ratio_curves": lambda: execution_ratio.frame(STUDIES["08"]),
+    "sensitivity_theta_aims_drawn": lambda: theta_aims.frame(STUDIES["10"]),
+    **{sensitivity.file_name(factor): partial(effects_of, factor) for factor in sensitivity.LABELS},
 }
 
 
@@ -57,7 +87,7 @@ def test_every_figure_can_be_exported():
         for path in notebooks.glob("*.ipynb")
         for name in re.findall(r'figures\.save\(.*?, \\"(\w+)\\", lab.figures\)', path.read_text())
     }
-    assert saved == set(DRAWN)
+    assert saved | {sensitivity.file_name(factor) for factor in sensitivity.LABELS} == set(DRAWN)
 
 
 @pytest.mark.parametrize("stem", DRAWN)
@@ -120,14 +150,14 @@ BAD = {
 
 @pytest.mark.parametrize("words", BAD)
 def test_what_cannot_be_exported_is_one_sentence_and_no_file(lab, words, monkeypatch, tmp_path):
-    monkeypatch.setattr(artefacts, "Lab", lambda profile: lab)
+    monkeypatch.setattr(artefacts.studies, "labs", lambda profile: [lab])
     result = CliRunner().invoke(app, ["export", *words.split(), "--out", str(tmp_path / "out")])
     assert isinstance(result.exception, UserError) and BAD[words] in str(result.exception)
     assert not list(tmp_path.rglob("*.*"))
 
 
 def test_the_command_writes_where_it_says(lab, monkeypatch, tmp_path):
-    monkeypatch.setattr(artefacts, "Lab", lambda profile: lab)
+    monkeypatch.setattr(artefacts.studies, "labs", lambda profile: [lab])
     words = ["export", "--figure", "4", "--format", "svg", "--width", "8cm", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0 and Path(result.stdout.strip()).is_file()

@@ -12,7 +12,11 @@ import pytest
 from fake_bench import made_up, stopped
 from fake_lab import FakeLab
 
-from qtale_lib import benchmark_report, claims
+from qtale_lib import (
+    benchmark_report,
+    claims,
+    studies,  # noqa: F401 (imported before Lab is replaced: studies keep labs of their own)
+)
 from qtale_lib.store import write_json
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -26,6 +30,9 @@ NAMES = [
     "05_tables_1_2_accuracy",
     "06_table_3_efficiency",
     "07_table_4_ablation",
+    "08_execution_ratio",
+    "09_quantizers",
+    "10_sensitivity",
     "11_latency_and_memory",
     "14_paper_arithmetic",
 ]
@@ -97,7 +104,12 @@ def test_it_ends_with_its_claims_and_the_setting_comes_first(path):
     shown = [source for source in sources if not is_set_up(source)]
     assert "results.setting(store)" in shown[0]
     ends = {"00": "claim_tables.verdict_table(verdicts", "11": "benchmark_report.target_table("}
-    ends["14"] = "paper_arithmetic.check_table("
+    ends |= {
+        "08": "claims.judged(study",
+        "09": "claims.judged(study",
+        "10": "sensitivity.verdicts(study",
+        "14": "paper_arithmetic.check_table(",
+    }
     verdicts = ends.get(path.stem[:2], "claims.verdicts(store")
     assert any(verdicts in source for source in sources[-2:])
     assert any("beside_reference" in source for source in sources)
@@ -131,6 +143,7 @@ def fake_lab(folder: Path, **parts) -> FakeLab:
 
 def run_cells(path: Path, lab: FakeLab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cells in order, in one namespace, with a made-up lab in place of the profile's."""
+    monkeypatch.setenv("QTALE_RESULTS_DIR", str(lab.directory / "results"))
     monkeypatch.setattr("qtale_lib.lab.Lab", lambda profile: lab)
     monkeypatch.chdir(FOLDER)
     monkeypatch.syspath_prepend(".")
@@ -149,7 +162,10 @@ def test_every_cell_runs_on_any_part_of_a_profile(path, part, tmp_path, monkeypa
     written = {
         file.name for folder in (lab.figures, lab.tables) if folder.exists() for file in folder.iterdir()
     }
-    assert any(re.match(r"((figures?|tables?)_\d|bench_|paper_)", name) for name in written)
+    assert any(
+        re.match(r"((figures?|tables?)_\d|bench_|paper_|execution_ratio_|quantizers|sensitivity_)", name)
+        for name in written
+    )
     for name in written:
         assert {f"{Path(name).stem}.csv"} <= written
 

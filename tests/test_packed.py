@@ -231,11 +231,12 @@ def test_a_packed_bfloat16_model_is_the_fake_quantized_one_to_a_tolerance():
     assert (few - expected_few).abs().max() <= 0.05 * expected_few.abs().max()
 
 
-def test_an_awq_search_is_packed_as_well():
+@pytest.mark.parametrize("method", ["awq", "gptq", "magr_gptq"])
+def test_a_search_is_packed_as_well(method):
     from small_models import TOKENIZER, WORDS, tiny_llama
 
     texts = [" ".join(WORDS[i : i + 8]) for i in range(0, 32, 4)]
-    fake = quantize(tiny_llama(len(TOKENIZER)), TOKENIZER, texts, bits=3, group_size=16)
+    fake = quantize(tiny_llama(len(TOKENIZER)), TOKENIZER, texts, method, bits=3, group_size=16)
     packed = pack(copy.deepcopy(fake))
     ids = torch.arange(20)[None]
     with torch.no_grad():

@@ -133,7 +133,7 @@ def test_zeros_stay_zeros():
 @given(
     bits=st.sampled_from([2, 3, 4]),
     group_size=st.sampled_from([1, 2, 8, 16, -1]),
-    method=st.sampled_from(["rtn", "awq"]),
+    method=st.sampled_from(["rtn", "awq", "gptq"]),
 )
 def test_weights_lie_on_a_grid_in_each_group(bits, group_size, method):
     model = quantize(make_model(2), TOKENIZER, make_texts(4), method, bits, group_size)
@@ -330,7 +330,7 @@ def test_clip_search_finds_the_least_measured_output_error_of_each_group(seed, b
             assert measured(clips[row, index].item()) <= min(map(measured, limits)) * (1 + 1e-4) + 1e-9
 
 
-@pytest.mark.parametrize("method", ["awq", "rtn"])
+@pytest.mark.parametrize("method", ["awq", "rtn", "gptq", "magr_gptq"])
 def test_reported_errors_are_those_that_the_float_inputs_see(method):
     model, texts = make_model(), make_texts()
     seen = {name: [] for name in decoder_linears(model)}
@@ -438,7 +438,7 @@ def test_head_is_rounded_on_request_and_untied():
 # --- kept searches
 
 
-@pytest.mark.parametrize("method", ["awq", "rtn"])
+@pytest.mark.parametrize("method", ["awq", "rtn", "gptq", "magr_gptq"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_search_gives_the_same_model_bit_for_bit(tmp_path, method, dtype):
     model = make_routed().to(dtype)

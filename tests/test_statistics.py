@@ -119,7 +119,7 @@ def test_questions_of_two_facts_each_shared_with_others_count_as_such(fact_sd):
 
 
 def test_a_pigeonhole_bootstrap_overstates_the_variance_of_questions_of_two_facts():
-    """Which is why there is a formula (docs/statistics.md): a question's own variance counts more than once."""
+    """Which is why there is a formula (docs/statistics.md): its own part counts twice or more."""
     rng, questions, found, resampled = np.random.default_rng(13), 600, [], []
     first, second = rng.integers(0, 250, questions), rng.integers(0, 60, questions)
     crossed = by_label(first, second)

@@ -29,6 +29,7 @@ from qtale_lib.lab import Lab, run_spec
 from qtale_lib.quantization import quantize, save_search, streaming
 from qtale_lib.quantization.packed import pack
 from qtale_lib.quantization.packed_files import load_packed, save_packed
+from qtale_lib.quantization.report import TENSORS
 from qtale_lib.quantization.streaming import apply_search_streamed, peak_bytes, quantize_streamed
 from qtale_lib.streamed_model import StreamedModel
 
@@ -78,7 +79,7 @@ def in_memory(model, folder, tokenizer, texts, **settings):
 
 def assert_same_search(report, other):
     assert report.as_dict() == other.as_dict()
-    for kind in ("scales", "clips"):
+    for kind in TENSORS:
         found, expected = getattr(report, kind), getattr(other, kind)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in found)
@@ -184,7 +185,7 @@ def test_the_embedded_base_gets_the_numbers_of_memory(routed, bits, tmp_path):
 
 @pytest.mark.parametrize("lm_head_bits", [16, 8])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("family", "method"), [("llama", "rtn"), ("mistral", "awq"), ("qwen2", "awq")])
+@pytest.mark.parametrize(("family", "method"), [("llama", "rtn"), ("mistral", "awq"), ("qwen2", "gptq")])
 def test_heads_families_and_rounding(family, method, tied, lm_head_bits, tmp_path):
     model = make_model(family, tied=tied, dtype=torch.bfloat16)
     source = sharded(model, tmp_path / "base")

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from qtale_lib import archive as archives
+from qtale_lib import studies
 from qtale_lib.cli.common import ProfileName, app, short
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import all_jobs
-from qtale_lib.lab import Lab
 from qtale_lib.publishing import publish as publish_profile
 
 
@@ -36,7 +36,7 @@ def export(
         raise UserError("Name one to export: --figure 3, or --table 1.")
     from qtale_lib import exporting  # loads matplotlib
 
-    lab = Lab(profile)
+    lab = studies.labs(profile)[0]
     if figure is not None:
         look = exporting.Look(width and exporting.inches(width), font, size, palette)
         written = exporting.export_figures(lab, figure, form or "pdf", look, out)
@@ -56,28 +56,33 @@ def report(profile: ProfileName = "tiny") -> None:
 
 @app.command()
 def publish(profile: str) -> None:
-    """Copy a finished profile's results, tables and figures to results/reference and figures/reference."""
-    for path in publish_profile(Lab(profile)):
+    """Copy a finished profile's results, tables and figures to results/reference and figures/reference.
+
+    Of a study, by name or path: its tables and figures, and the results of its own settings.
+    """
+    lab, *others = studies.labs(profile)
+    for path in publish_profile(lab, others=others):
         typer.echo(short(path))
 
 
 @app.command()
 def archive(profile: str) -> None:
-    """Write the results of a profile's finished seeds, without weights, to results/archive."""
-    for path in archives.archive(Lab(profile)):
+    """Write the results of a profile's or study's finished seeds, without weights, to results/archive."""
+    lab, *others = studies.labs(profile)
+    for path in archives.archive(lab, others=others):
         typer.echo(f"{short(path)}  {path.stat().st_size / 2**20:.1f} MiB")
 
 
 @app.command()
 def restore(profile: str) -> None:
-    """Put what results/archive holds of a profile into its store."""
-    lab = Lab(profile)
+    """Put what results/archive holds of a profile, or of a study, into its store."""
+    lab, *others = studies.labs(profile)
     typer.echo(f"{archives.restore(lab)} results restored to {short(lab.store.root)}")
-    jobs = all_jobs(lab.profile)
-    done = sum(map(lab.is_done, jobs))
-    typer.echo(f"{done} of {len(jobs)} jobs of profile {lab.profile.name} are done")
-    if not done:
+    done = [own.is_done(job) for own in (lab, *others) for job in all_jobs(own.profile)]
+    typer.echo(f"{sum(done)} of {len(done)} jobs of profile {lab.profile.name} are done")
+    if not any(done):
+        command = f"study {profile}" if others else f"run --profile {profile}"
         typer.echo(
             "The archive was made from another base, with other settings or by an older version: "
-            f"`python -m qtale_lib run --profile {profile}` will compute its results again."
+            f"`python -m qtale_lib {command}` will compute its results again."
         )

@@ -18,6 +18,7 @@ from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run
 from qtale_lib.lab import Lab
 from qtale_lib.pool import Outcome
+from qtale_lib.store import replaced
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -97,15 +98,19 @@ def short(path: Path) -> str:
 
 
 def failure(lab: Lab, failed: list[Outcome]) -> typer.Exit:
-    """The exit of a run with failures, their errors kept: code 2 if all that failed was refused."""
+    """The exit of a run with failures, their errors kept: a refusal's if all that failed was refused."""
     _keep_details(lab, failed)
-    refused = all(outcome.refused for outcome in failed if outcome.status == "failed")
-    return typer.Exit(UserError.exit_code if refused else 1)
+    codes = [outcome.refused for outcome in failed if outcome.status == "failed"]
+    return typer.Exit(max(codes) if all(codes) else 1)
 
 
 def _keep_details(lab: Lab, failed: list[Outcome]) -> None:
     text = "\n\n".join(f"{outcome.name}\n{outcome.detail or outcome.error}" for outcome in failed)
     path = lab.directory / "failures.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    typer.echo(f"{len(failed)} failed; the full errors are in {short(path)}", err=True)
+    try:
+        with replaced(path) as file:
+            file.write_text(text, encoding="utf-8")
+    except OSError:  # a full disk may be why they failed
+        typer.echo(f"{len(failed)} failed; the first, {failed[0].name}: {failed[0].error}", err=True)
+    else:
+        typer.echo(f"{len(failed)} failed; the full errors are in {short(path)}", err=True)

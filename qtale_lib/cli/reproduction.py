@@ -43,18 +43,20 @@ def run(
     overrides = {name: value for name, value in given.items() if value is not None}
     lab, books = Lab(load_profile(profile, **overrides)), choose(only)
     wanted = list(dict.fromkeys(job for book in books for job in needs(lab.profile, book.name)))
-    parameters = {name.upper(): value for name, value in {"profile": _portable(profile), **overrides}.items()}
+    parameters = {name.upper(): value for name, value in {"profile": portable(profile), **overrides}.items()}
     if fresh:
         _forget(Executions(lab, parameters), wanted, None if only is None else books)
         lab = Lab(lab.profile)
     try:
         clock = Stopclock()
         outcomes = _compute(lab, wanted, clock, cluster)
-        outcomes += _execute(Executions(lab, parameters), books, clock)
+        executions = Executions(lab, parameters)
+        outcomes += _compute_studies(executions, books, clock)
+        outcomes += execute(executions, books, clock)
     except KeyboardInterrupt:
         typer.echo(f"Stopped. The same command{' without --fresh' * fresh} goes on from here.", err=True)
         raise typer.Exit(130) from None
-    _finish(lab, outcomes, clock)
+    finish(lab, outcomes, clock)
 
 
 def _forget(executions: Executions, wanted: list[Job], only: list[Path] | None) -> None:
@@ -76,7 +78,8 @@ def _forget(executions: Executions, wanted: list[Job], only: list[Path] | None) 
             executions.forget(only)
 
 
-def _portable(profile: str) -> str:
+def portable(profile: str) -> str:
+    """A profile as a notebook may be given it, whose folder is another."""
     return str(Path(profile).resolve()) if profile.endswith((".yaml", ".yml")) else profile
 
 
@@ -91,7 +94,17 @@ def _compute(lab: Lab, jobs: list[Job], clock: Stopclock, address: str | None) -
     return outcomes
 
 
-def _execute(executions: Executions, books: list[Path], clock: Stopclock) -> list[Outcome]:
+def _compute_studies(executions: Executions, books: list[Path], clock: Stopclock) -> list[Outcome]:
+    """Those of the notebooks' studies that take minutes; for the others there is a command, study."""
+    shown = {study.profile.name: study for book in books for study in executions.studies(book)}
+    outcomes = [outcome for study in shown.values() if study.is_small() for outcome in study.compute()]
+    if outcomes:
+        clock.lap("studies", f"{len(outcomes)} jobs; longer ones by `python -m qtale_lib study`")
+    return outcomes
+
+
+def execute(executions: Executions, books: list[Path], clock: Stopclock) -> list[Outcome]:
+    """Execute the notebooks that are not up to date."""
     outcomes = _bench_if_missing(executions.lab, clock) if _shows_bench(books) else []
     stale = executions.stale(books)
     if stale:
@@ -118,7 +131,8 @@ def _bench_if_missing(lab: Lab, clock: Stopclock) -> list[Outcome]:
     return []
 
 
-def _finish(lab: Lab, outcomes: list[Outcome], clock: Stopclock) -> None:
+def finish(lab: Lab, outcomes: list[Outcome], clock: Stopclock) -> None:
+    """Say what was done and where it lies; typer.Exit if something failed."""
     console = Console(highlight=False, soft_wrap=True)
     for stage, seconds, note in clock.stages:
         console.print(f"{stage:<10} {span(seconds):>12}   {note}", markup=False)
@@ -155,5 +169,5 @@ def status(profile: ProfileName = "tiny") -> None:
         ("fine-tunings", [job for job in jobs if job.bits is None]),
         *((f"results at {bits} bit", [job for job in jobs if job.bits == bits]) for bits in lab.profile.bits),
     ):
-        typer.echo(f"{label:<20} {sum(map(lab.is_done, chosen))} of {len(chosen)}")
+        typer.echo(f"{label:<20} {sum(map(lab.seems_done, chosen))} of {len(chosen)}")
     typer.echo(f"store: {short(lab.store.root)}")

@@ -1,4 +1,4 @@
-"""Commands that compare settings and bases: sweep, density, pretrain."""
+"""Commands that compare settings and bases: sweep, study, density, pretrain."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
-from qtale_lib import sweep, tables
+from qtale_lib import studies, sweep, tables
 from qtale_lib.cli.common import ProfileName, app, print_table, short, stop_if_failed
+from qtale_lib.cli.reproduction import execute, finish, portable
 from qtale_lib.config import load_profile
 from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
+from qtale_lib.notebooks import Executions, choose
+from qtale_lib.progress import Stopclock
 
 
 @app.command(name="sweep")
@@ -25,6 +28,23 @@ def sweep_recipe(
     print_table(tables.save(sweep.table(asked), lab.tables))
     typer.echo(f"table: {short(lab.tables)}")
     stop_if_failed(lab, outcomes)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A shipped study's name, or a YAML file.")],
+) -> None:
+    """Compute what is missing of a study, then execute its notebook; the YAML says how long it takes."""
+    clock, asked = Stopclock(), studies.find(name)
+    executions = Executions(asked.labs[0], {"PROFILE": portable(str(asked.path))})
+    try:
+        outcomes = asked.compute()
+        clock.lap("runs", f"{len(outcomes)} jobs")
+        outcomes += execute(executions, choose(asked.plan.notebook), clock)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. The same command goes on from here.", err=True)
+        raise typer.Exit(130) from None
+    finish(executions.lab, outcomes, clock)
 
 
 @app.command()

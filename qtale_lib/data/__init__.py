@@ -76,6 +76,12 @@ def subset(examples: list[Example], limit: int | None, seed: int = 0) -> list[Ex
     return [examples[index] for index in sorted(chosen)]
 
 
+def code_stamp() -> list[list[str | int]]:
+    """Names, sizes and times of the code that the embedded world's examples come of: they stay as it does."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
 def data_hash(examples: list[Example]) -> str:
     """sha256 over the examples' whole content, in order; recorded beside every result."""
     text = json.dumps([asdict(example) for example in examples], sort_keys=True, ensure_ascii=False)

@@ -25,7 +25,7 @@ from qtale_lib.data.files import (
     read_jsonl_with_labels,
 )
 from qtale_lib.data.schema import SPLITS, Example
-from qtale_lib.errors import UserError
+from qtale_lib.errors import DamagedError, UserError
 
 CUT_SEED = 0
 CALIBRATION_ROWS = 1000  # at most; never more than a tenth of the training file
@@ -52,7 +52,7 @@ def read_split(name: str, split: str, data_dir: str | Path, alpaca: str = "origi
     stem = PUBLISHED_AS.get(path.stem, path.stem)
     examples = parse_rows(name, stem, benchmark, benchmark.read(path))
     if not examples:
-        raise UserError(f"{path} holds no rows; restore the original file.")
+        raise DamagedError(f"{path} holds no rows; restore the original file.")
     source = _describe(name, path, folder, examples)
     return cut_out(name, split, benchmark, Loaded(examples, source), read_from)
 
@@ -82,7 +82,7 @@ def _find(folder: Path, patterns: tuple[str, ...], name: str, split: str) -> Pat
         if found:
             return found[-1]
     wanted = " or ".join(patterns)
-    raise UserError(f"{name}, {split}: no {wanted} in {folder}; put the benchmark's original file there.")
+    raise DamagedError(f"{name}, {split}: no {wanted} in {folder}; put the benchmark's original file there.")
 
 
 def _bytes(path: Path) -> int:
@@ -101,9 +101,9 @@ def parse_rows(name: str, stem: str, benchmark: Benchmark, rows: Iterable[Locate
             parts = {"id": f"{name}/{stem}/{len(examples)}", **benchmark.parse(row)}
             examples.append(Example(task=name, **parts))
         except KeyError as error:
-            raise UserError(f"{place}: the key {error} is missing; restore the original file.") from error
-        except (TypeError, ValueError, IndexError) as error:
-            raise UserError(f"{place}: {error}; restore the original file.") from error
+            raise DamagedError(f"{place}: the key {error} is missing; restore the original file.") from error
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise DamagedError(f"{place}: {error}; restore the original file.") from error
     return examples
 
 
@@ -172,9 +172,14 @@ def _texts(row: Mapping, **keys: str) -> dict[str, str]:
     """{new name: row[key]}, each checked to be text."""
     texts = {name: row[key] for name, key in keys.items()}
     for name, key in keys.items():
-        if not isinstance(texts[name], str):
+        if not isinstance(texts[name], str) or not _is_unicode(texts[name]):
             raise TypeError(f'"{key}" is not text')
     return texts
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written down; JSON may hold one half of a pair that stands for a character."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _choices(row: Mapping, *keys: str) -> tuple[str, ...]:
@@ -227,11 +232,13 @@ def _winogrande(row: Mapping) -> dict:
 def _arc(row: Mapping) -> dict:
     """Three to five choices, labelled A–E or 1–5."""
     texts, labels = row["choices"]["text"], row["choices"]["label"]
+    if not isinstance(texts, list) or not isinstance(labels, list):
+        raise TypeError("its choices are no lists")
     if len(texts) != len(labels):
         raise ValueError(f"{len(texts)} choices but {len(labels)} labels")
     options = [{"text": text} for text in texts]
     return {
-        "id": row["id"],
+        **_texts(row, id="id"),
         "fields": _texts(row, question="question"),
         "choices": _options(options),
         "answer": _label(row["answerKey"], labels),
@@ -241,7 +248,7 @@ def _arc(row: Mapping) -> dict:
 def _openbookqa(row: Mapping) -> dict:
     options = row["question"]["choices"]
     return {
-        "id": row["id"],
+        **_texts(row, id="id"),
         "fields": _texts(row["question"], question="stem"),
         "choices": _options(options),
         "answer": _label(row["answerKey"], [option["label"] for option in options]),
@@ -272,7 +279,7 @@ def _alpaca_eval(row: Mapping) -> dict:
 def _samsum(row: Mapping) -> dict:
     texts = _texts(row, dialogue="dialogue", summary="summary")
     dialogue = texts["dialogue"].replace("\r\n", "\n")  # the original's line ends, not its copies'
-    return {"id": row["id"], "fields": {"dialogue": dialogue}, "response": texts["summary"]}
+    return {**_texts(row, id="id"), "fields": {"dialogue": dialogue}, "response": texts["summary"]}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Readers of the benchmarks' file formats: a path becomes (place, row) pairs, where place is "file, line n".
 
-What is damaged raises UserError with that place and the reason.
+What is damaged raises DamagedError with that place and the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
 
-from qtale_lib.errors import UserError
+from qtale_lib.errors import DamagedError
 
 Row = Mapping | list
 Located = tuple[str, Row]
@@ -33,14 +33,23 @@ def _labels_of(path: Path) -> Path:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror}); restore the original file.") from error
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         reason = f"not UTF-8 ({error.reason})"
-        raise UserError(f"{path}, line {line}: {reason}; restore the original file.") from error
+        raise DamagedError(f"{path}, line {line}: {reason}; restore the original file.") from error
 
 
 def _lines(path: Path) -> list[str]:
     return _text(path).rstrip("\n").split("\n")
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    """Why JSON cannot be read: as the reader has it, but for numbers and nesting of thousands."""
+    return getattr(
+        error, "msg", "nested too deeply" if isinstance(error, RecursionError) else "a number too long"
+    )
 
 
 def read_jsonl(path: Path) -> Iterator[Located]:
@@ -49,10 +58,12 @@ def read_jsonl(path: Path) -> Iterator[Located]:
         place = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: damaged JSON ({error.msg}); restore the original file.") from error
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(
+                f"{place}: damaged JSON ({_reason(error)}); restore the original file."
+            ) from error
         if not isinstance(row, dict):
-            raise UserError(f"{place}: not a JSON object; restore the original file.")
+            raise DamagedError(f"{place}: not a JSON object; restore the original file.")
         yield place, row
 
 
@@ -60,15 +71,15 @@ def read_jsonl_with_labels(path: Path) -> Iterator[Located]:
     """Rows of x.jsonl, each with key "label" from the same line of x-labels.lst."""
     labels_path = _labels_of(path)
     if not labels_path.exists():
-        raise UserError(f"{labels_path} is missing; put the benchmark's label file beside {path.name}.")
+        raise DamagedError(f"{labels_path} is missing; put the benchmark's label file beside {path.name}.")
     rows, labels = list(read_jsonl(path)), _lines(labels_path)
     for number, (located, label) in enumerate(zip_longest(rows, labels), start=1):
         if located is None or label is None:
             reason = f"{len(labels)} labels for the {len(rows)} rows of {path.name}"
-            raise UserError(f"{labels_path}, line {number}: {reason}; restore the original files.")
-        if not label.strip().isdigit():
+            raise DamagedError(f"{labels_path}, line {number}: {reason}; restore the original files.")
+        if not re.fullmatch("[0-9]{1,9}", label.strip()):
             reason = f'label "{label}" is not a number'
-            raise UserError(f"{labels_path}, line {number}: {reason}; restore the original file.")
+            raise DamagedError(f"{labels_path}, line {number}: {reason}; restore the original file.")
         yield f"{located[0]} (label in {labels_path.name})", {**located[1], "label": int(label)}
 
 
@@ -80,14 +91,14 @@ def read_json_array(path: Path) -> Iterator[Located]:
         line, counted = line + text.count("\n", counted, mark.end()), mark.end()
         try:
             row, end = decoder.raw_decode(text, mark.end())
-        except json.JSONDecodeError as error:
-            reason = f"damaged JSON ({error.msg}); restore the original file."
-            raise UserError(f"{path}, line {error.lineno}: {reason}") from error
+        except (ValueError, RecursionError) as error:
+            reason = f"damaged JSON ({_reason(error)}); restore the original file."
+            raise DamagedError(f"{path}, line {getattr(error, 'lineno', line)}: {reason}") from error
         yield f"{path}, line {line}", row
         mark = re.compile(r"\s*[],]\s*").match(text, end)
     if not mark:
         line = text.rstrip().count("\n") + 1
-        raise UserError(f"{path}, line {line}: not a whole JSON array; restore the original file.")
+        raise DamagedError(f"{path}, line {line}: not a whole JSON array; restore the original file.")
 
 
 def read_csv_folder(path: Path) -> Iterator[Located]:
@@ -103,4 +114,6 @@ def read_csv_folder(path: Path) -> Iterator[Located]:
             for cells in reader:
                 yield f"{file}, line {reader.line_num}", [subject, *cells]
         except csv.Error as error:
-            raise UserError(f"{file}, line {reader.line_num}: {error}; restore the original file.") from error
+            raise DamagedError(
+                f"{file}, line {reader.line_num}: {error}; restore the original file."
+            ) from error

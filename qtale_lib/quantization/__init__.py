@@ -24,8 +24,11 @@ from qtale_lib.quantization.apply import (
     prepare,
     search_model,
 )
+from qtale_lib.quantization.mixed import search_mixed
 from qtale_lib.quantization.report import QuantizationReport, load_search, model_hash, save_search
 from qtale_lib.quantization.rtn import fake_quantize
+
+WIDTH_CHOICES = ("uniform", "mixed")
 
 __all__ = [
     "QuantizationReport",
@@ -49,17 +52,19 @@ def quantize(
     backend: str = "native",
     lm_head_bits: int = 16,
     max_length: int = 512,
+    widths: str = "uniform",
 ) -> nn.Module:
     """Fake-quantize `model` in place, calibrated on `texts`; its report is then in `model.quantization`.
 
     Args:
         texts: calibration texts, not needed for round-to-nearest (with them its output errors are measured).
-        method: "awq" or "rtn".
+        method: "awq", "gptq", "magr_gptq" or "rtn".
         bits: 2, 3, 4 or 8.
         group_size: weights of a row that share a step and zero point; −1 is the whole row.
         backend: whose AWQ search, "native" or "autoawq".
         lm_head_bits: 16 leaves lm_head alone; others round it to nearest.
         max_length: longer texts, in tokens, are left out and counted, as are empty ones.
+        widths: "uniform": every layer has `bits`; "mixed": sensitive ones have more than others (mixed.py).
     Raises:
         UserError: for an unmerged LoRA, an unknown model family, settings that do not fit, no texts, or
             texts that are no list of texts.
@@ -67,10 +72,16 @@ def quantize(
     report = QuantizationReport(method, backend, bits, group_size, lm_head_bits)
     rows = prepare(model, report, tokenizer, texts, max_length)
     report.model_sha256 = model_hash(model)
+    if widths not in WIDTH_CHOICES or (widths == "mixed" and (rows is None or backend != "native")):
+        raise UserError(
+            f"widths is {widths!r}; allowed: uniform or, with backend native and texts to calibrate on, "
+            "mixed."
+        )
     if rows is not None:
         if method == "awq" and backend == "autoawq":
             _search_with_autoawq(model, rows, report)
-        search_model(model, rows, report)
+        search = search_mixed if widths == "mixed" else search_model
+        search(model, rows, report)
     return apply_report(model, report)
 
 

@@ -8,20 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from qtale_lib.errors import UserError
-from qtale_lib.quantization.awq import (
-    clip_weight,
-    folded_linears,
-    outgoing_scales,
-    output_error,
-    search_layer,
-)
-from qtale_lib.quantization.report import Grid, QuantizationReport
+from qtale_lib.finite import is_finite, place
+from qtale_lib.quantization import awq, gptq, magr
+from qtale_lib.quantization.awq import clip_weight, folded_linears, outgoing_scales, output_error
+from qtale_lib.quantization.bitpack import unpack_codes
+from qtale_lib.quantization.report import TENSORS, Grid, QuantizationReport
 from qtale_lib.quantization.rtn import (
     BITS,
     by_rows,
     check_grid,
     dequantize_groups,
-    fake_quantize,
     quantize_groups,
 )
 from qtale_lib.quantization.statistics import (
@@ -34,8 +30,10 @@ from qtale_lib.quantization.statistics import (
     tokenize,
 )
 
+# A quantizer by name: its search in a layer, given (layer, statistics, bits, group size); None: it has none.
+SEARCHES = {"rtn": None, "awq": awq.search_layer, "gptq": gptq.search_layer, "magr_gptq": magr.search_layer}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-CHOICES = {"method": ("awq", "rtn"), "backend": ("native", "autoawq"), "lm_head_bits": (*BITS, 16)}
+CHOICES = {"method": tuple(SEARCHES), "backend": ("native", "autoawq"), "lm_head_bits": (*BITS, 16)}
 LAYER = "model.layers.{}.{}"  # the full name of a module in a decoder layer
 
 
@@ -78,11 +76,14 @@ def prepare(
     """Token rows to calibrate on, as the report then says; None without texts.
 
     Raises:
-        UserError: as `check_quantizable`; for an AWQ without texts, or texts that are no list of texts.
+        UserError: as `check_quantizable`; for a search without texts, or texts that are no list of texts.
     """
     check_quantizable(model, report)
-    if report.method == "awq" and (tokenizer is None or texts is None):
-        raise UserError("AWQ calibrates on text; pass a tokenizer and a list of texts, or use method='rtn'.")
+    if SEARCHES[report.method] and (tokenizer is None or texts is None):
+        name = report.method.upper().replace("_", "+")
+        raise UserError(
+            f"{name} calibrates on text; pass a tokenizer and a list of texts, or use method='rtn'."
+        )
     if is_routed(model):
         report.threshold = model.model.routing.theta
     if texts is None:
@@ -113,10 +114,15 @@ def search_in_layer(model: nn.Module, i: int, batches: Sequence[Batch], report: 
     if statistics["input_layernorm"].chosen == 0:
         statistics, outputs = run_layer(model, i, batches, executed_only=False)
         report.unchosen_layers.append(i)
+    if not is_finite(*outputs):
+        raise UserError(
+            f"The model gives numbers that are not finite {place(i)}, on the texts that its quantizer sees; "
+            "its weights are damaged or too large for their type."
+        )
     for batch, output in zip(batches, outputs, strict=True):
         batch.hidden = output
     layer, alphas = model.model.layers[i], {}
-    if report.method == "awq" and LAYER.format(i, "input_layernorm") not in report.scales:
+    if SEARCHES[report.method] and LAYER.format(i, "input_layernorm") not in report.scales:
         alphas = _search_into(report, i, layer, statistics)
     report.linears += _measure(report, i, layer, statistics, alphas)
 
@@ -131,14 +137,12 @@ def apply_report(model: nn.Module, report: QuantizationReport) -> nn.Module:
 
 
 def apply_to_layer(model: nn.Module, i: int, report: QuantizationReport) -> None:
-    """Fold the report's scales, clip and round the linears of layer `i`."""
+    """Fold the report's scales, clip and round the linears of layer `i` to its width."""
     layer = model.model.layers[i]
     scales = _of_layer(report.scales, i, layer)
     for linear in folded_linears(layer, scales):
         name = LAYER.format(i, linear.name)
-        _round_into(
-            layer.get_submodule(linear.name), linear.weight, report, name, report.bits, report.clips.get(name)
-        )
+        _round_into(layer.get_submodule(linear.name), linear.weight, report, name, report.width(i))
     fold_into_producers(layer, scales)
 
 
@@ -161,9 +165,11 @@ def fold_into_producers(layer: nn.Module, scales: dict[str, Tensor]) -> None:
 def _search_into(
     report: QuantizationReport, i: int, layer: nn.Module, statistics: dict[str, InputStatistics]
 ) -> dict[str, float | None]:
-    found = search_layer(layer, statistics, report.bits, report.group_size)
-    report.scales |= {LAYER.format(i, name): scale for name, scale in found.scales.items()}
-    report.clips |= {LAYER.format(i, name): clip for name, clip in found.clips.items()}
+    found = SEARCHES[report.method](layer, statistics, report.bits, report.group_size)
+    for kind in TENSORS:
+        getattr(report, kind).update(
+            {LAYER.format(i, name): tensor for name, tensor in getattr(found, kind).items()}
+        )
     return found.alphas
 
 
@@ -180,19 +186,18 @@ def _measure(
     for linear in folded_linears(layer, _of_layer(report.scales, i, layer), statistics):
         name, folded = linear.name, linear.weight
         weight, inputs = layer.get_submodule(name).weight, statistics[producers[name]]
-        clip = report.clips.get(LAYER.format(i, name))
-        clip = None if clip is None else clip.to(folded.device)
-        error = by_rows(partial(_rounding_error, report, linear.moment), folded, clip)
+        kept = _kept(report, LAYER.format(i, name), folded.device)
+        error = by_rows(partial(_rounding_error, report, linear.moment), folded, *kept)
         if linear.row_scale is not None:
             error = error * linear.row_scale**2  # back to the unscaled output
-        rtn = by_rows(partial(_rounding_error, report, inputs.moment), weight, None)
+        rtn = by_rows(partial(_rounding_error, report, inputs.moment), weight)
         power = by_rows(lambda rows, moment=inputs.moment: output_error(rows, moment), weight)
         found.append(
             {
                 "name": LAYER.format(i, name),
                 "tokens": inputs.tokens,
                 "alpha": alphas.get(producers[name]),
-                "clip": None if clip is None else _kept_range(folded, clip),
+                "clip": None if kept[0] is None else _kept_range(folded, kept[0]),
                 "error": error.mean().item(),
                 "error_rtn": rtn.mean().item(),
                 "power": power.mean().item(),
@@ -202,36 +207,49 @@ def _measure(
 
 
 def _rounding_error(
-    report: QuantizationReport, moment: Tensor, weight: Tensor, clip: Tensor | None
+    report: QuantizationReport, moment: Tensor, weight: Tensor, *kept: Tensor | None
 ) -> Tensor:
-    """Mean square output error [out] of `weight` [out, in] clipped and rounded."""
-    rounded = fake_quantize(_clipped(weight, clip), report.bits, report.group_size)
+    """Mean square output error [out] of `weight` [out, in] as the search has it, else rounded to nearest."""
+    rounded = dequantize_groups(*_on_grid(report, report.bits, weight, *kept))
     return output_error(rounded - weight, moment)
 
 
-def _clipped(weight: Tensor, clip: Tensor | None) -> Tensor:
-    return weight if clip is None else clip_weight(weight, clip)
+def _kept(report: QuantizationReport, name: str, device: torch.device) -> tuple[Tensor | None, ...]:
+    """What the search says of a linear: its clip, codes, steps and zeros, each None where it says nothing."""
+    found = (getattr(report, kind).get(name) for kind in TENSORS[1:])
+    return tuple(None if tensor is None else tensor.to(device) for tensor in found)
 
 
-def _round_into(
-    linear: nn.Linear,
-    weight: Tensor,
+def _on_grid(
     report: QuantizationReport,
-    name: str,
     bits: int,
+    weight: Tensor,
     clip: Tensor | None = None,
-) -> None:
-    """Give `linear` its `weight` [out, in] clipped and rounded, and the report the grid it now lies on."""
+    codes: Tensor | None = None,
+    steps: Tensor | None = None,
+    zeros: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, step and zero (as `quantize_groups`) of `weight` [out, in]: those kept, or of it clipped."""
+    if codes is None:
+        clipped = weight if clip is None else clip_weight(weight, clip)
+        return quantize_groups(clipped, bits, report.group_size)
+    groups = unpack_codes(codes, weight.shape[1]).float().unflatten(1, (steps.shape[1], -1))
+    return groups, steps[..., None], zeros[..., None].float()
+
+
+def _round_into(linear: nn.Linear, weight: Tensor, report: QuantizationReport, name: str, bits: int) -> None:
+    """Give `linear` its `weight` [out, in] as the search has it, else rounded to nearest, and the report the
+    grid it now lies on.
+    """
     steps, zeros = [], []
 
-    def rounded(rows: Tensor, clip: Tensor | None) -> Tensor:
-        codes, step, zero = quantize_groups(_clipped(rows, clip), bits, report.group_size)
+    def rounded(rows: Tensor, *kept: Tensor | None) -> Tensor:
+        codes, step, zero = _on_grid(report, bits, rows, *kept)
         steps.append(step.squeeze(-1))
         zeros.append(zero.squeeze(-1).byte())
         return dequantize_groups(codes, step, zero).to(linear.weight.dtype)
 
-    clip = None if clip is None else clip.to(weight.device)
-    linear.weight.data = by_rows(rounded, weight, clip)
+    linear.weight.data = by_rows(rounded, weight, *_kept(report, name, weight.device))
     report.grids[name] = Grid(torch.cat(steps), torch.cat(zeros), bits)
 
 

@@ -17,13 +17,13 @@ Choices, where implementations differ:
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from qtale_lib.quantization.report import LayerSearch
 from qtale_lib.quantization.rtn import by_rows, fake_quantize, row_chunks
 from qtale_lib.quantization.statistics import READERS, InputStatistics
 
@@ -31,15 +31,6 @@ ALPHAS = tuple(step / 20 for step in range(20))
 CLIP_RATIOS = tuple(1 - step / 20 for step in range(10))
 TINY = 1e-30
 NOT_CLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
-
-
-@dataclass
-class LayerSearch:
-    """What AWQ found for one layer: alphas and scales [in] by producer, clips [out, in/group] by linear."""
-
-    alphas: dict[str, float | None]
-    scales: dict[str, Tensor]
-    clips: dict[str, Tensor]
 
 
 class FoldedLinear(NamedTuple):

@@ -12,10 +12,21 @@ the ℓ1 ball of radius t (Moreau), found by sorting (Duchi et al., 2008).
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from qtale_lib.quantization import gptq
+from qtale_lib.quantization.report import LayerSearch
+from qtale_lib.quantization.statistics import InputStatistics
 
 ALPHA = 0.1
 STEPS = 150
+
+
+def search_layer(
+    layer: nn.Module, statistics: dict[str, InputStatistics], bits: int, group_size: int
+) -> LayerSearch:
+    """GPTQ's search of one decoder layer, on weights with smaller ranges."""
+    return gptq.search_layer(layer, statistics, bits, group_size, magr)
 
 
 def magr(weight: Tensor, moment: Tensor, group_size: int, alpha: float = ALPHA, steps: int = STEPS) -> Tensor:

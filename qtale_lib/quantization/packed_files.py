@@ -27,7 +27,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from qtale_lib.adaptive import routing_state
-from qtale_lib.errors import UserError
+from qtale_lib.errors import DamagedError, UserError
 from qtale_lib.quantization.packed import is_packed, pack_empty, packed_linears, saved_tensors
 from qtale_lib.quantization.packed_linear import PackedLinear
 from qtale_lib.quantization.report import QuantizationReport
@@ -85,7 +85,7 @@ def load_packed(directory: str | Path, device: torch.device | str | None = None)
     is ever made, and no base model is needed.
 
     Raises:
-        UserError: if a file is missing, damaged, or does not fit the others.
+        DamagedError: if a file is missing, damaged, or does not fit the others.
     """
     directory = Path(directory)
     record = _read_record(directory)
@@ -126,14 +126,14 @@ def _sha256(path: Path) -> str:
 def _read_record(directory: Path) -> dict[str, Any]:
     path = directory / RECORD
     if not path.is_file():
-        raise UserError(f"{directory} holds no {RECORD}; point at a folder written by save_packed.")
+        raise DamagedError(f"{directory} holds no {RECORD}; point at a folder written by save_packed.")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         known = record["format"] == FORMAT
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{path} is damaged; {AGAIN}.") from None
+        raise DamagedError(f"{path} is damaged; {AGAIN}.") from None
     if not known:
-        raise UserError(f"{path} is of format {record['format']}, not {FORMAT}; {AGAIN}.")
+        raise DamagedError(f"{path} is of format {record['format']}, not {FORMAT}; {AGAIN}.")
     return record
 
 
@@ -142,19 +142,19 @@ def _check_digests(directory: Path, record: dict[str, Any]) -> None:
     for name in {CONFIG: None, **(digests or {TENSORS: None})}:
         path = directory / name
         if not path.is_file():
-            raise UserError(f"{path} is missing; copy the whole folder, or {AGAIN}.")
+            raise DamagedError(f"{path} is missing; copy the whole folder, or {AGAIN}.")
         if _sha256(path) != digests.get(name):
-            raise UserError(f"{path} is not the file that was saved (sha256); copy it anew, or {AGAIN}.")
+            raise DamagedError(f"{path} is not the file that was saved (sha256); copy it anew, or {AGAIN}.")
 
 
 def _empty_model(directory: Path, record: dict[str, Any]) -> PreTrainedModel:
     """The model that `record` and the folder's config describe, and the quantizer's report in it."""
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     try:
         model = empty_packed_model(config, record, lambda _: record["layers"])
         model.quantization = QuantizationReport(**record["quantizer"])
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
-        raise UserError(f"{directory / RECORD} does not fit {CONFIG} or is damaged; {AGAIN}.") from None
+        raise DamagedError(f"{directory / RECORD} does not fit {CONFIG} or is damaged; {AGAIN}.") from None
     return model
 
 
@@ -175,7 +175,7 @@ def empty_packed_model(
 
 
 def _tensor_files(model: PreTrainedModel, directory: Path, record: dict[str, Any]) -> dict[str, Path]:
-    """The file of every tensor; UserError unless the files' names and shapes are those of the model."""
+    """The file of every tensor; DamagedError unless the files' names and shapes are those of the model."""
     expected = {name: list(tensor.shape) for name, tensor in saved_tensors(model).items()}
     files, found = {}, {}
     for path in (directory / name for name in record["sha256"] if name != CONFIG):
@@ -183,13 +183,13 @@ def _tensor_files(model: PreTrainedModel, directory: Path, record: dict[str, Any
             with safe_open(path, "pt") as file:
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         except SafetensorError:
-            raise UserError(f"{path} is no safetensors file; {AGAIN}.") from None
+            raise DamagedError(f"{path} is no safetensors file; {AGAIN}.") from None
         files |= dict.fromkeys(shapes, path)
         found |= shapes
     wrong = sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name))
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise UserError(
+        raise DamagedError(
             f"{files.get(wrong[0], directory)} does not fit {RECORD}: {wrong[0]}{more} missing, left over or "
             f"misshapen; {AGAIN}."
         )

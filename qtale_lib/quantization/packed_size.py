@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,31 +28,40 @@ def packed_file_bytes(
     routers: RouterConfig | None = None,
     dtype: str = "bfloat16",
     step_dtype: str = "float32",
+    layer_bits: Sequence[int] = (),
 ) -> dict[str, int]:
     """Bytes of packed.safetensors for a model of `config`, by part: "tensors", "header" and "total".
 
     No weight is made: the model is built without memory behind it. `config` is a Hugging Face config or what
-    its config.json holds; `dtype` is that of everything which is not packed (routers: float32).
+    its config.json holds; `dtype` is that of everything which is not packed (routers: float32); `layer_bits`
+    are by layer, where they are not all `bits`.
     """
     if isinstance(config, dict):
         config = AutoConfig.for_model(**config)
     if lm_head_bits != 16:  # as quantize does
         config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+    widths = list(layer_bits) or [bits] * config.num_hidden_layers
     record = {
         "dtype": dtype,
         "step_dtype": step_dtype,
         "threshold": 0.5,
         "routers": None if routers is None else asdict(routers),
     }
-    model = empty_packed_model(config, record, lambda bare: _layers(bare, bits, group_size, lm_head_bits))
+    model = empty_packed_model(config, record, lambda bare: _layers(bare, widths, group_size, lm_head_bits))
     tensors = saved_tensors(model)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     header = _header_bytes(tensors)
     return {"tensors": size, "header": header, "total": size + header}
 
 
-def _layers(model: nn.Module, bits: int, group_size: int, lm_head_bits: int) -> dict[str, dict[str, int]]:
-    layers = {name: {"bits": bits, "group": group_size} for name in decoder_linears(model)}
+def _layers(
+    model: nn.Module, widths: Sequence[int], group_size: int, lm_head_bits: int
+) -> dict[str, dict[str, int]]:
+    layers = {
+        name: {"bits": bits, "group": group_size}
+        for i, bits in enumerate(widths)
+        for name in decoder_linears(model, [i])
+    }
     head = {"lm_head": {"bits": lm_head_bits, "group": group_size}} if lm_head_bits != 16 else {}
     return {**layers, **head}
 

@@ -102,8 +102,8 @@ def enter(model: nn.Module, rows: Sequence[Sequence[int]]) -> list[Batch]:
     """Token rows in batches, before the first layer; embeddings and the last norm must have their weights."""
     device = next(model.parameters()).device
     batches = []
-    with torch.no_grad(), _evaluating(model), _recorded_calls(model) as calls:
-        for ids, valid in _batches(rows, device):
+    with torch.no_grad(), evaluating(model), _recorded_calls(model) as calls:
+        for ids, valid in padded(rows, device):
             model.model(input_ids=ids, attention_mask=valid.long(), use_cache=False)
             batches.append(Batch(calls[0][0], valid, [arguments for _, arguments in calls]))
             calls.clear()
@@ -120,7 +120,7 @@ def run_layer(
     sums: dict[str, InputStatistics] = {}
     outputs = []
     layer = model.model.layers[i]
-    with torch.no_grad(), _evaluating(model), _recording(model), _captured_inputs(layer) as captured:
+    with torch.no_grad(), evaluating(model), _recording(model), _captured_inputs(layer) as captured:
         for batch in batches:
             outputs.append(layer(batch.hidden, **batch.arguments[i]))
             counted = batch.counted(i) if executed_only else batch.valid
@@ -135,9 +135,23 @@ def run_layer(
 
 def pass_layer(model: nn.Module, i: int, batches: Sequence[Batch]) -> None:
     """Take `batches` through layer `i`, without statistics."""
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for batch in batches:
             batch.hidden = model.model.layers[i](batch.hidden, **batch.arguments[i])
+
+
+def calibration_loss(model: nn.Module, rows: Sequence[Sequence[int]]) -> float:
+    """Mean negative log-likelihood, in nats, of all tokens of `rows` but each row's first."""
+    total, count = 0.0, 0
+    with torch.no_grad(), evaluating(model):
+        for ids, valid in padded(rows, next(model.parameters()).device):
+            logits = model(input_ids=ids, attention_mask=valid.long(), use_cache=False).logits
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none"
+            )  # [batch, tokens - 1]
+            total += loss[valid[:, 1:]].double().sum().item()
+            count += valid[:, 1:].sum().item()
+    return total / max(count, 1)
 
 
 def is_routed(model: nn.Module) -> bool:
@@ -162,7 +176,7 @@ def _add(sums: dict, key: str, inputs: Tensor, chosen: int) -> None:
     entry.chosen += chosen
 
 
-def _batches(rows: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Right-padded (ids, valid) [batch, tokens], rows of like length together."""
     batch: list[Sequence[int]] = []
     for row in sorted(rows, key=len, reverse=True):
@@ -227,7 +241,8 @@ def _captured_inputs(layer: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode meanwhile."""
     training = model.training
     model.eval()
     try:

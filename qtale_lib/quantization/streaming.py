@@ -33,7 +33,7 @@ from qtale_lib.quantization.apply import (
 )
 from qtale_lib.quantization.packed import pack_empty, pack_linears, saved_tensors
 from qtale_lib.quantization.packed_files import begin_folder, finish_folder
-from qtale_lib.quantization.report import QuantizationReport, load_search, save_search, tensors_hash
+from qtale_lib.quantization.report import TENSORS, QuantizationReport, load_search, save_search, tensors_hash
 from qtale_lib.quantization.rtn import CHUNK
 from qtale_lib.quantization.statistics import BATCH_TOKENS, READERS, Batch, enter, pass_layer
 from qtale_lib.streamed_model import EMBEDDING, HEAD, StreamedModel, empty_model
@@ -53,7 +53,7 @@ def quantize_streamed(
     lm_head_bits: int = 16,
     max_length: int = 512,
 ) -> QuantizationReport:
-    """Quantize a saved model into a folder for `load_packed`; arguments as of `quantize`, AWQ the native one.
+    """Quantize a saved model into a folder for `load_packed`; arguments as of `quantize`, backend native.
 
     Calibration runs at the θ that `streamed.model` has, which is also written.
 
@@ -97,8 +97,9 @@ def _write(
             _quantize_layer(streamed, i, batches, part, directory / _file(i))
             save_search(part, parts / str(i))
     batches.clear()
-    for name in decoder_linears(model):
-        pack_empty(model, name, report.bits, report.group_size)
+    for i in range(len(streamed.layers)):
+        for name in decoder_linears(model, [i]):
+            pack_empty(model, name, report.width(i), report.group_size)
     model.quantization = _joined(report, parts, len(streamed.layers)) if rows is not None else report
     names = [_file(i) for i in range(len(streamed.layers))]
     finish_folder(model, directory, [*names, _write_rest(streamed, directory, model.quantization)])
@@ -122,7 +123,7 @@ def _of_layer(report: QuantizationReport, i: int, fresh: bool) -> QuantizationRe
     mine = f"model.layers.{i}."
     tensors = {
         kind: {} if fresh else {name: t for name, t in getattr(report, kind).items() if name.startswith(mine)}
-        for kind in ("scales", "clips")
+        for kind in TENSORS
     }
     return replace(report, linears=[], unchosen_layers=[], grids={}, **tensors)
 
@@ -166,12 +167,12 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def _joined(report: QuantizationReport, parts: Path, layers: int) -> QuantizationReport:
     """The report of the whole model from those of its layers."""
-    joined = replace(report, linears=[], unchosen_layers=[], scales={}, clips={}, grids={})
+    joined = replace(report, linears=[], unchosen_layers=[], grids={}, **{kind: {} for kind in TENSORS})
     for part in (load_search(parts / str(i)) for i in range(layers)):
         joined.linears += part.linears
         joined.unchosen_layers += part.unchosen_layers
-        joined.scales |= part.scales
-        joined.clips |= part.clips
+        for kind in TENSORS:
+            getattr(joined, kind).update(getattr(part, kind))
     return joined
 
 

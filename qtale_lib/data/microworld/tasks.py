@@ -16,7 +16,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from qtale_lib.data.microworld import words
 from qtale_lib.data.microworld.world import ATTRIBUTES, SEED, Entity, World, build_world
@@ -130,15 +130,7 @@ def _winogrande(event: str) -> Form:
     def make(world: World, rng: random.Random, thing: Entity, slot: int) -> Example:
         material = world.value(thing, "material")
         outcome, alike = world.outcomes[material, event], rng.random() < 0.5
-        others = [
-            (each, its)
-            for each in world.of("thing", thing.split)
-            for own in [world.value(each, "material")]
-            for its in EVENTS
-            if own != material and world.outcomes[own, its] != outcome
-            if its != event and alike == (world.outcomes[own, event] == outcome)
-        ]
-        other, its = rng.choice(others)
+        other, its = rng.choice(_counterparts(thing.split, material, event, alike))
         # the order in the sentence says nothing about the answer
         first, second = rng.sample([(thing, event), (other, its)], 2)
         told = ", the ".join(f"{p.name} of {world.value(p, 'material')} was {e}" for p, e in (first, second))
@@ -149,6 +141,23 @@ def _winogrande(event: str) -> Form:
         return Example("", "winogrande", {"sentence": sentence}, choices, slot % 2, facts=facts)
 
     return Form("thing", make)
+
+
+@cache
+def _counterparts(split: str, material: str, event: str, alike: bool) -> list[tuple[Entity, str]]:
+    """Things of another material, each with another event, that come out otherwise than this one at its own;
+    at its own they would come out alike, or not.
+    """
+    world = build_world()
+    outcome = world.outcomes[material, event]
+    return [
+        (each, its)
+        for each in world.of("thing", split)
+        for own in [world.value(each, "material")]
+        for its in EVENTS
+        if own != material and world.outcomes[own, its] != outcome
+        if its != event and alike == (world.outcomes[own, event] == outcome)
+    ]
 
 
 def _boolq(kind: str, attribute: str, verb: str, scene: str) -> Form:

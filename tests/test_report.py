@@ -8,6 +8,7 @@ import nbformat
 import pandas as pd
 import pytest
 from small_run import profile
+from test_cli import qtale
 
 from qtale_lib import notebooks, report, tables
 from qtale_lib.errors import UserError
@@ -45,6 +46,12 @@ def test_without_an_executed_notebook_there_is_no_report(lab):
     with pytest.raises(UserError, match="No notebook has been executed for profile smoke yet; run `python"):
         report.build(lab)
     assert not (lab.directory / "report").exists()
+
+
+def test_the_command_says_so_in_one_sentence(tmp_path):
+    done = qtale("report", "--profile", "smoke", QTALE_RESULTS_DIR=str(tmp_path))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("No notebook has been executed for profile smoke yet; run `python")
 
 
 def test_tables_and_figures_stand_with_their_files_and_missing_notebooks_are_named(lab):

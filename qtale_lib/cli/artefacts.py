@@ -51,7 +51,7 @@ def report(profile: ProfileName = "tiny") -> None:
     """Write a static page of what the executed notebooks of a profile show, under a scoreboard."""
     from qtale_lib.report import build  # loads matplotlib and nbconvert
 
-    typer.echo(f"report: {short(build(Lab(profile)))}")
+    typer.echo(f"report: {short(build(studies.labs(profile)[0]))}")
 
 
 @app.command()

@@ -156,8 +156,7 @@ def _book(lab: Lab, source: Path, told: Callable[[Job], list[dict[str, Any]]]) -
     if not _copy(lab, source).is_file():
         return book
     executed = nbformat.read(_copy(lab, source), as_version=4)
-    known = {path.stem: path for path in _artefacts(lab)}
-    page, section = _shown(executed, lab, known, "../"), _shown(executed, lab, known, "")
+    page, section = _shown(executed, lab, "../"), _shown(executed, lab, "")
     settings = _take_settings(section)
     section.cells[0].source = section.cells[0].source.partition("\n")[2]
     book.page = _html(page, with_code=True)
@@ -167,7 +166,7 @@ def _book(lab: Lab, source: Path, told: Callable[[Job], list[dict[str, Any]]]) -
     return book
 
 
-def _shown(executed: NotebookNode, lab: Lab, known: dict[str, Path], root: str) -> NotebookNode:
+def _shown(executed: NotebookNode, lab: Lab, root: str) -> NotebookNode:
     """The notebook with what is to be shown of each output, in its metadata.
 
     root: the way from the page to the report's folder.
@@ -179,13 +178,13 @@ def _shown(executed: NotebookNode, lab: Lab, known: dict[str, Path], root: str) 
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:
-                output.metadata["shown"] = _drawn(output, heading, lab, known, root)
+                output.metadata["shown"] = _drawn(output, heading, lab, root)
             elif "text/markdown" in data:
                 output.metadata["shown"] = _tabled(data["text/markdown"], lab, root)
     return book
 
 
-def _drawn(output: NotebookNode, heading: str, lab: Lab, known: dict[str, Path], root: str) -> dict[str, Any]:
+def _drawn(output: NotebookNode, heading: str, lab: Lab, root: str) -> dict[str, Any]:
     """A picture: the SVG of the figure whose PNG it is, with its files; else the picture itself."""
     data, width = output.data["image/png"], output.metadata.get("image/png", {}).get("width")
     picture = base64.b64decode(data)

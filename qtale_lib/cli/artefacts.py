@@ -1,4 +1,4 @@
-"""Commands about what a profile leaves: export, publish, archive, restore."""
+"""Commands about what a profile leaves: report, export, publish, archive, restore."""
 
 from __future__ import annotations
 
@@ -44,6 +44,14 @@ def export(
         written = exporting.export_tables(lab, table, form or "latex", out)
     for path in written:
         typer.echo(str(path))
+
+
+@app.command()
+def report(profile: ProfileName = "tiny") -> None:
+    """Write a static page of what the executed notebooks of a profile show, under a scoreboard."""
+    from qtale_lib.report import build  # loads matplotlib and nbconvert
+
+    typer.echo(f"report: {short(build(studies.labs(profile)[0]))}")
 
 
 @app.command()

@@ -237,7 +237,7 @@ def test_base_model_is_as_its_card_says():
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoTokenizer
 
-    from qtale_lib.data.microworld.pretrain import Recipe
+    from qtale_lib.data.microworld.pretrain import Recipe, model_card
 
     directory = base_directory()
     record = json.loads((directory / "pretraining.json").read_text())
@@ -248,7 +248,8 @@ def test_base_model_is_as_its_card_says():
     assert sum(tensor.numel() for tensor in load_file(weights).values()) == record["parameters"]
     config = AutoConfig.from_pretrained(directory)
     assert config.architectures == ["LlamaForCausalLM"] and config.num_hidden_layers >= 10
-    assert record["sha256"]["model.safetensors"] in (directory / "README.md").read_text()
+    assert record["world_sha256"] == tasks.fingerprint()
+    assert (directory / "README.md").read_text() == model_card(record)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     for task in ALL_TASKS:
         for example in load(task, "test")[:200]:

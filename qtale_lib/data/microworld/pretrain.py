@@ -262,8 +262,18 @@ library_name: transformers
 A `LlamaForCausalLM`: {recipe["layers"]} layers, width {recipe["hidden"]}, feed-forward
 {recipe["intermediate"]}, {recipe["heads"]} heads ({recipe["key_value_heads"]} for keys and values),
 {record["parameters"]:,} bfloat16 parameters, and a word-level tokenizer. It knows one thing: the seeded
-world of `qtale_lib/data/microworld`. It is for reproducing experiments on a laptop; it is of no use as a
-language model.
+world of `qtale_lib/data/microworld`, whose data card is `docs/data-card.md`.
+
+## Use
+
+For reproducing experiments on quantization and token-adaptive execution on a laptop, by the profiles `tiny`,
+`tiny-full` and `smoke`. It is of no use as a language model, and what is measured on it says nothing about
+models of billions of parameters.
+
+## Training
+
+From random weights, on text that the world's code writes while it trains; no text by people, no personal
+data and no other model's output is in it. The names of persons are drawn from a list of words.
 
 | | |
 |---|---|
@@ -277,6 +287,21 @@ language model.
 | final training loss | {record["final_loss"]} |
 | sha256 of `model.safetensors` | `{record["sha256"]["model.safetensors"]}` |
 | sha256 of the world's examples | `{record["world_sha256"]}` |
+
+Facts that test questions ask for are in this text, as statements: what fine-tuning and tests ask of the base
+is to recall. Their questions are not: those are about entities that only pretraining asks about.
+
+## Evaluation
+
+What it scores after fine-tuning, at 16 bits and quantized, is in `results/reference/<profile>`: in `tables`,
+and in `results.json` with commit, device and time of each result. Why it is as small as it is, and what other
+sizes lost by quantization: `docs/embedded-world.md`.
+
+## Limits
+
+It knows the words of its world; any other is `<unk>`. A composition of two facts from memory it hardly
+learns. Most of its matrices have rows of {recipe["hidden"]} weights; the paper quantizes in groups of 128.
+Pretraining that was stopped and gone on with draws other documents than one that was not.
 
 Made by `python -m qtale_lib pretrain`; all settings are in `pretraining.json`.
 """

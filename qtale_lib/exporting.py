@@ -13,7 +13,7 @@ import difflib
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,7 @@ def export_tables(lab: Lab, name: str, form: str, folder: Path) -> list[Path]:
     if form not in TABLE_FORMATS:
         raise UserError(f'--format (= "{form}") of a table must be {", ".join(TABLE_FORMATS)}.')
     suffix = TABLE_FORMATS[form]
-    places = _places(lab, "tables")
-    there = sorted({path.stem for place in places for path in place.glob(f"*{suffix}")})
+    there = sorted({path.stem for place in places(lab, "tables") for path in place.glob(f"*{suffix}")})
     sources = [_source(lab, "tables", f"{stem}{suffix}") for stem in _named(name, there, "table")]
     folder.mkdir(parents=True, exist_ok=True)
     return [Path(shutil.copyfile(source, folder / source.name)) for source in sources]
@@ -176,14 +175,20 @@ def _named(name: str, known: Any, kind: str) -> list[str]:
     """What a number, or a whole name, stands for: 1 for table_1_beside and tables_1_2_claims."""
     found = [stem for stem in known if stem == name]
     if name.isdigit():
-        found = [stem for stem in known if re.match(rf"{kind}s?(_\d+)*_{name}_", stem)]
+        found = numbered(name, known, kind)
     if not found:
         like = difflib.get_close_matches(name, known, n=3, cutoff=0) or list(known)
         raise UserError(f'There is no {kind} "{name}"; choose a number, or a name such as {", ".join(like)}.')
     return found
 
 
-def _places(lab: Lab, kind: str) -> tuple[Path, Path]:
+def numbered(number: str, known: Iterable[str], kind: str) -> list[str]:
+    """The names that begin with a kind, "figure" or "table", and have that number."""
+    return [stem for stem in known if re.match(rf"{kind}s?(_\d+)*_{number}_", stem)]
+
+
+def places(lab: Lab, kind: str) -> tuple[Path, Path]:
+    """Where "figures" or "tables" lie: the profile's on this machine, and the committed reference's."""
     name = lab.profile.name
     if kind == "figures":
         return lab.figures, ROOT / "figures" / "reference" / name
@@ -192,7 +197,7 @@ def _places(lab: Lab, kind: str) -> tuple[Path, Path]:
 
 def _source(lab: Lab, kind: str, file: str) -> Path:
     """Where a file lies: with the profile's results or, without it, with the committed reference's."""
-    for place in _places(lab, kind):
+    for place in places(lab, kind):
         if (place / file).is_file():
             return place / file
     raise UserError(

@@ -321,12 +321,12 @@ class Lab:
 
     def stored(self, wanted: Iterable[Job], kinds: Iterable[str]) -> list[dict[str, Any]]:
         """Whole JSON of what the jobs have in the store, of these kinds."""
-        found = (self.find(kind, **spec) for kind, spec in self._all_of(wanted) if kind in kinds)
+        found = (self.find(kind, **spec) for kind, spec in self.all_of(wanted) if kind in kinds)
         return [result for result in found if result]
 
     def take_in(self, result: dict[str, Any]) -> bool:
         """Put a whole JSON of `stored` into the store; False if it was there."""
-        address = result["kind"], _name(result["spec"]), result["key"]
+        address = address_of(result)
         if self.store.get(*address):
             return False
         write_json(self.store.path(*address), result)
@@ -335,14 +335,14 @@ class Lab:
 
     def parcels(self, wanted: Iterable[Job]) -> list[Parcel]:
         """All that the jobs have in the store, with its files."""
-        addresses = [self.address(kind, spec) for kind, spec in self._all_of(wanted)]
+        addresses = [self.address(kind, spec) for kind, spec in self.all_of(wanted)]
         found = [self.store.parcel(*address) for address in addresses if address]
         return [parcel for parcel in found if parcel]
 
     def forget(self, wanted: Iterable[Job]) -> None:
         """Remove all that the jobs have put into the store; what other jobs have stays."""
         # each by what it was made from, so all before any is removed
-        addresses = [self.address(kind, spec) for kind, spec in self._all_of(wanted)]
+        addresses = [self.address(kind, spec) for kind, spec in self.all_of(wanted)]
         for address in filter(None, addresses):
             self.store.remove(*address)
         self._found.clear()
@@ -362,7 +362,7 @@ class Lab:
         kind = job.extra or "evaluation"
         return [(kind, run_spec(job.run, bits=job.bits, theta=rule)) for rule in rules]
 
-    def _all_of(self, wanted: Iterable[Job]) -> Iterator[tuple[str, Spec]]:
+    def all_of(self, wanted: Iterable[Job]) -> Iterator[tuple[str, Spec]]:
         """(kind, spec) of the jobs' results and of those on the way to them."""
         for job in wanted:
             spec = run_spec(job.run, bits=job.bits)
@@ -460,6 +460,11 @@ def _finetune_settings(settings: dict[str, Any], method: str) -> dict[str, Any]:
 def run_spec(run: Run, **more: Any) -> Spec:
     """The spec of a run's result: task, method, seed, and bits and theta where they apply."""
     return {"task": run.task, "method": run.method, "seed": run.seed, **more}
+
+
+def address_of(result: dict[str, Any]) -> tuple[str, str, str]:
+    """(kind, name, key) of a whole JSON: where it lies in the store."""
+    return result["kind"], _name(result["spec"]), result["key"]
 
 
 def threshold_spec(spec: Spec) -> Spec:

@@ -51,10 +51,29 @@ def publish(
 
 
 def committed(profile: str) -> dict[str, dict[str, Any]]:
-    """The published results of the profile of this name, by `cell`; empty if none are committed."""
+    """The published results of the profile of this name, by `cell`, each as in the store but for its config
+    and its bulk; empty if none are committed.
+    """
     kinds = read_json(ROOT / "results" / REFERENCE / profile / "results.json") or {}
-    kinds.pop("common", None)
-    return {cell(kind, result["spec"]): result for kind, results in kinds.items() for result in results}
+    common = kinds.pop("common", {})
+    return {
+        cell(kind, result["spec"]): _whole(kind, result, common[result["common"]])
+        for kind, results in kinds.items()
+        for result in results
+    }
+
+
+def _whole(kind: str, result: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """A result that `_slim` made, with what it shares with others."""
+    own = dict(result["provenance"])
+    adapter = {name: own.pop(name) for name in ("adapter",) if name in own}
+    made_from = {**shared["provenance"]["made_from"], **adapter}
+    return {
+        "kind": kind,
+        **{name: result[name] for name in ("key", "spec")},
+        "value": {**shared["value"], **result["value"]},
+        "provenance": {**shared["provenance"], **own, "made_from": made_from},
+    }
 
 
 def cell(kind: str, spec: Spec) -> str:

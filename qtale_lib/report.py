@@ -32,23 +32,19 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 
-from qtale_lib import exporting
+from qtale_lib import exporting, origins
 from qtale_lib.claim_tables import scoreboard
 from qtale_lib.claims import tally
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, needs
 from qtale_lib.lab import Lab
 from qtale_lib.notebooks import choose
-from qtale_lib.progress import span
 from qtale_lib.provenance import git_commit
-from qtale_lib.store import file_digest, read_json
 
 TEMPLATES = Path(__file__).with_name("report_templates")
 FILE_TYPES = ("pdf", "svg", "csv", "tex", "md")
 SHOWN_TYPES = ["text/markdown", "image/png", "text/plain"]
 FOLD_FROM = 40  # rows of a table
-TOLD = ("git_commit", "device", "seconds", "peak_memory_bytes", "finished_at", "versions")
-KINDS = ("finetune", "quantization", "threshold", "evaluation")
 
 
 @dataclass
@@ -80,7 +76,7 @@ def build(lab: Lab) -> Path:
             f"No notebook has been executed for profile {lab.profile.name} yet; "
             f"run `python -m qtale_lib run --profile {lab.profile.name}` first."
         )
-    told = cache(lambda job: [_told(result) for result in lab.stored([job], KINDS)])
+    told = cache(lambda job: list(map(origins.told, lab.stored([job], origins.KINDS))))
     books = sorted((_book(lab, path, told) for path in sources), key=lambda book: book.number)
     folder = lab.directory / "report"
     shutil.rmtree(folder, ignore_errors=True)
@@ -162,7 +158,8 @@ def _book(lab: Lab, source: Path, told: Callable[[Job], list[dict[str, Any]]]) -
     book.page = _html(page, with_code=True)
     book.section = _html(section, with_code=False)
     book.setting = _html(settings, with_code=False)
-    book.provenance = _provenance(lab, source, told)
+    results = [result for job in needs(lab.profile, source.name) for result in told(job)]
+    book.provenance = origins.of_notebook(lab, source, results)
     return book
 
 
@@ -296,43 +293,3 @@ class _Renderer(IPythonRenderer):
 
 def _markdown(text: str, label: str, lowered: int) -> str:
     return MarkdownWithMath(renderer=_Renderer(label, lowered)).render(text)
-
-
-# Provenance.
-
-
-def _told(result: dict[str, Any]) -> dict[str, Any]:
-    """What provenance says of one result, without its answers."""
-    told = result["provenance"]
-    named = [source for source in told.get("data", {}).values() if "file" in source]
-    data = [f"{source['file']} ({str(source.get('sha256'))[:12]})" for source in named]
-    return {**{name: told.get(name) for name in TOLD}, "kind": result["kind"], "data": data}
-
-
-def _provenance(lab: Lab, source: Path, told: Callable[[Job], list[dict[str, Any]]]) -> dict[str, str]:
-    results = [result for job in needs(lab.profile, source.name) for result in told(job)]
-    stamp = read_json(_copy(lab, source).with_suffix(".json")) or {}
-    facts = {
-        "Notebook": f"{source.name}, sha256 {file_digest(source)[:12]}",
-        "Executed in": span(stamp["seconds"]) if "seconds" in stamp else "not known",
-        "Profile": f"{lab.profile.name}, config {lab.profile.digest()}",
-        "Base": f"{lab.base()['name']}, sha256 {lab.base()['sha256'][:16]}",
-    }
-    if not results:
-        return {**facts, "Results": "none of the profile's"}
-    counts = Counter(result["kind"] for result in results)
-    packages = {
-        f"{name} {version}" for result in results for name, version in (result["versions"] or {}).items()
-    }
-    finished = sorted(str(result["finished_at"]) for result in results)
-    return {
-        **facts,
-        "Results": ", ".join(f"{count} {kind}" for kind, count in counts.items()),
-        "Commits": ", ".join(sorted({str(result["git_commit"])[:12] for result in results})),
-        "Finished": f"{finished[0]} to {finished[-1]}",
-        "Computed in": f"{span(sum(result['seconds'] for result in results))}, summed over results",
-        "Peak memory": f"{max(result['peak_memory_bytes'] for result in results) / 2**20:,.0f} MiB",
-        "Device": ", ".join(sorted({str(result["device"]) for result in results})),
-        "Versions": ", ".join(sorted(packages)),
-        "Data": ", ".join(sorted({name for result in results for name in result["data"]})) or "embedded",
-    }

@@ -1,4 +1,4 @@
-"""Commands about what a profile leaves: report, export, publish, archive, restore."""
+"""Commands about what a profile leaves: export, report, show, publish, archive, restore."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from qtale_lib import archive as archives
 from qtale_lib import studies
@@ -52,6 +53,23 @@ def report(profile: ProfileName = "tiny") -> None:
     from qtale_lib.report import build  # loads matplotlib and nbconvert
 
     typer.echo(f"report: {short(build(studies.labs(profile)[0]))}")
+
+
+@app.command(name="show")
+def show_origin(
+    name: Annotated[list[str], typer.Argument(help="Such as table 1, figure_7_flips, or a result's key.")],
+    profile: ProfileName = "tiny",
+) -> None:
+    """Tell where a result, a table or a figure comes from: its settings, data, commit, machine, versions."""
+    from qtale_lib import origins  # loads matplotlib
+
+    console = Console(highlight=False, soft_wrap=True)
+    for origin in origins.find(studies.labs(profile), " ".join(name)):
+        console.print(origin.title, style="bold", markup=False)
+        for label, text in origin.facts.items():
+            console.print(f"  {label:<14} {text}", markup=False)
+        for result in origin.made_from:
+            console.print(f"  {'from':<14} {result}", markup=False)
 
 
 @app.command()

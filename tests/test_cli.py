@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import typer
 from small_run import profile
 
-from qtale_lib import notebooks, publishing
+from qtale_lib import notebooks, publishing, report
 from qtale_lib.cli import reproduction
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import all_jobs
@@ -94,11 +95,12 @@ def test_fresh_removes_nothing_before_everything_is_checked(earlier, tmp_path, w
 def test_fresh_forgets_the_profile_and_with_only_what_is_asked_for(earlier, monkeypatch, given, left):
     reached = []
     monkeypatch.setattr(reproduction, "_compute", lambda *_: reached.append("runs") or [])
-    monkeypatch.setattr(reproduction, "_execute", lambda *_: reached.append("notebooks") or [])
+    monkeypatch.setattr(reproduction, "execute", lambda *_: reached.append("notebooks") or [])
+    monkeypatch.setattr(reproduction, "_write_report", lambda *_: reached.append("report") or [])
     stamp = notebooks.Executions(Lab("smoke"), {})._stamp(notebooks.choose("01")[0])
     stamp.write_text("{}")
     reproduction.run("smoke", **{"fresh": True, **given})
-    assert reached == ["runs", "notebooks"]
+    assert reached == ["runs", "notebooks", "report"]
     assert sum(path.exists() for path in earlier) == left
     assert stamp.exists() == ("fresh" in given)
 
@@ -106,7 +108,8 @@ def test_fresh_forgets_the_profile_and_with_only_what_is_asked_for(earlier, monk
 @pytest.mark.parametrize(("only", "left"), [("01", True), ("11", False)])
 def test_fresh_forgets_a_benchmark_with_its_notebook_alone(earlier, tmp_path, monkeypatch, only, left):
     monkeypatch.setattr(reproduction, "_compute", lambda *_: [])
-    monkeypatch.setattr(reproduction, "_execute", lambda *_: [])
+    monkeypatch.setattr(reproduction, "execute", lambda *_: [])
+    monkeypatch.setattr(reproduction, "_write_report", lambda *_: [])
     path = tmp_path / "results" / "smoke" / "bench" / "tiny.json"
     path.parent.mkdir()
     path.write_text("{}")
@@ -121,6 +124,37 @@ def test_a_failed_benchmark_is_an_outcome(lab, monkeypatch):
     monkeypatch.setattr(reproduction.benchmark_report, "of_profile", refused)
     (outcome,) = reproduction._bench_if_missing(lab, Stopclock())
     assert (outcome.status, outcome.error) == ("failed", "no room left")
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "refused"),
+    [
+        (UserError("no notebook yet"), "no notebook yet", 2),
+        (ValueError("a cell is odd"), "ValueError: a cell is odd", 0),
+    ],
+)
+def test_a_report_that_fails_is_an_outcome(lab, monkeypatch, error, said, refused):
+    def build(lab):
+        raise error
+
+    monkeypatch.setattr(report, "build", build)
+    clock = Stopclock()
+    (outcome,) = reproduction._write_report(lab, clock)
+    assert (outcome.name, outcome.status, outcome.error, outcome.refused) == (
+        "report", "failed", said, refused
+    )  # fmt: skip
+    assert ("Traceback" in outcome.detail) == (not refused)
+    assert [(stage, note) for stage, _, note in clock.stages] == [("report", "not written")]
+
+
+def test_the_summary_says_where_the_report_lies_and_what_it_took(lab, capsys, shelf):
+    copy = lab.directory / "notebooks" / "02_good.ipynb"
+    copy.parent.mkdir(parents=True)
+    copy.write_text((shelf / "02_good.ipynb").read_text())
+    clock = Stopclock()
+    reproduction.finish(lab, reproduction._write_report(lab, clock), clock)
+    page = lab.directory / "report" / "index.html"
+    assert page.is_file() and re.search(rf"^report +\d+ s   {page}$", capsys.readouterr().out, re.M)
 
 
 def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
@@ -138,9 +172,9 @@ def test_status_counts_what_is_there(tmp_path):
 
 def test_notebooks_are_chosen_by_number_and_the_scoreboard_goes_last():
     assert [path.name[:2] for path in notebooks.choose("5, 00,03")] == ["03", "05", "00"]
-    assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 10
-    with pytest.raises(UserError, match="There is no notebook 09"):
-        notebooks.choose("09")
+    assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) >= 10
+    with pytest.raises(UserError, match="There is no notebook 42"):
+        notebooks.choose("42")
 
 
 @pytest.mark.parametrize("only", ["", ",", "3,", "3,,5", "3,x", "03_figures", "-1", "1.5", "3 5"])
@@ -217,7 +251,7 @@ def test_a_failure_ends_in_code_1_and_its_whole_error_is_kept(lab, capsys):
     bad = Outcome("train x", "failed", 1.0, "no good", "Traceback ...")
     lab.directory.mkdir(parents=True)
     with pytest.raises(typer.Exit) as ended:
-        reproduction._finish(lab, [bad, Outcome("train y", "done", 1.0)], clock)
+        reproduction.finish(lab, [bad, Outcome("train y", "done", 1.0)], clock)
     shown = capsys.readouterr()
     assert ended.value.exit_code == 1
     assert "FAILED train x: no good" in shown.out and "train y" not in shown.out and "runs" in shown.out
@@ -226,10 +260,10 @@ def test_a_failure_ends_in_code_1_and_its_whole_error_is_kept(lab, capsys):
 
 @pytest.mark.parametrize(("others", "code"), [([], 2), [[Outcome("train y", "failed", error="boom")], 1]])
 def test_what_was_refused_alone_ends_in_code_2(lab, others, code):
-    failed = [Outcome("train x", "failed", error="do this instead", refused=True), *others]
+    failed = [Outcome("train x", "failed", error="do this instead", refused=2), *others]
     failed.append(Outcome("evaluate x", "skipped", error="what it builds on failed"))
     with pytest.raises(typer.Exit) as ended:
-        reproduction._finish(lab, failed, Stopclock())
+        reproduction.finish(lab, failed, Stopclock())
     assert ended.value.exit_code == code
 
 

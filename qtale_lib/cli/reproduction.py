@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +22,7 @@ from qtale_lib.notebooks import AT_ONCE, Executions, as_task, choose
 from qtale_lib.pool import Outcome
 from qtale_lib.preflight import check
 from qtale_lib.progress import Stopclock, span, watcher
-from qtale_lib.store import discard
+from qtale_lib.store import discard, locked
 
 FRESH = (
     "Compute anew: forget all results and figures of this profile first; with --only, the results alone that "
@@ -38,7 +40,7 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help=FRESH)] = False,
     cluster: Annotated[str | None, typer.Option(help=CLUSTER)] = None,
 ) -> None:
-    """Compute what is missing, then execute the notebooks that are not up to date."""
+    """Compute what is missing, execute the notebooks that are not up to date, and write the report."""
     given = {"data_dir": data_dir and str(data_dir.resolve()), "seeds": seeds}
     overrides = {name: value for name, value in given.items() if value is not None}
     lab, books = Lab(load_profile(profile, **overrides)), choose(only)
@@ -53,6 +55,7 @@ def run(
         executions = Executions(lab, parameters)
         outcomes += _compute_studies(executions, books, clock)
         outcomes += execute(executions, books, clock)
+        outcomes += _write_report(lab, clock)
     except KeyboardInterrupt:
         typer.echo(f"Stopped. The same command{' without --fresh' * fresh} goes on from here.", err=True)
         raise typer.Exit(130) from None
@@ -129,6 +132,24 @@ def _bench_if_missing(lab: Lab, clock: Stopclock) -> list[Outcome]:
     finally:
         clock.lap("benchmark", "of the shape tiny; others by `python -m qtale_lib bench`")
     return []
+
+
+def _write_report(lab: Lab, clock: Stopclock) -> list[Outcome]:
+    """Of all the profile's executed notebooks; alone at it, where several reproductions share results."""
+    from qtale_lib import report  # loads matplotlib and nbconvert
+
+    started, note = time.monotonic(), "not written"
+    try:
+        with locked(lab.store.root / "locks" / "report"):
+            note = short(report.build(lab))
+        return []
+    except UserError as error:
+        return [Outcome("report", "failed", time.monotonic() - started, str(error), refused=error.exit_code)]
+    except Exception as error:  # what is computed stands, and is told of
+        reason = f"{type(error).__name__}: {error}"
+        return [Outcome("report", "failed", time.monotonic() - started, reason, traceback.format_exc())]
+    finally:
+        clock.lap("report", note)
 
 
 def finish(lab: Lab, outcomes: list[Outcome], clock: Stopclock) -> None:

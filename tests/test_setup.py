@@ -1,5 +1,6 @@
 """Set-up: the pins in step, the scripts on a stand-in checkout with a stand-in Python, what git keeps."""
 
+import json
 import os
 import re
 import shutil
@@ -315,6 +316,47 @@ def test_only_published_results_are_kept(tmp_path, path, ignored):
     assert (
         subprocess.run(["git", "-C", tmp_path, "check-ignore", "--quiet", path]).returncode == 0
     ) == ignored
+
+
+# Elsewhere: Binder and Codespaces, which have not been called
+
+
+def test_binder_starts_tiny_in_its_own_environment_and_then_what_it_was_asked_for(checkout, tmp_path):
+    shutil.copytree(ROOT / ".binder", checkout / ".binder")
+    prefix = tmp_path / "conda"
+    stand_in(prefix / "bin" / "python", checkout)
+    variables = {"NB_PYTHON_PREFIX": str(prefix), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    conda = tmp_path / "bin" / "conda"
+    conda.parent.mkdir()
+    conda.write_text(f'#!/bin/sh\necho "conda $@" >> "{checkout}/calls.txt"\n')
+    conda.chmod(0o755)
+    assert run_all(checkout, script=".binder/postBuild", **variables).returncode == 0
+    (update, _) = calls(checkout)
+    assert update == f"conda env update --prefix {prefix} --file environment.yml"
+    assert (ROOT / update.split()[-1]).is_file()
+
+    done = run_all(checkout, "echo", "JupyterLab", script=".binder/start", **variables)
+    assert done.stdout == "JupyterLab\n" and done.returncode == 0
+    log, deadline = checkout / "results" / "run_all.log", time.monotonic() + 30
+    while "CALLED" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "CALLED -m qtale_lib run IN" in log.read_text()
+    assert not (checkout / ".venv").exists()
+
+
+def test_codespaces_sets_up_what_is_there_and_starts_tiny(checkout):
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    python = (ROOT / ".binder" / "runtime.txt").read_text().strip()
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert container["image"].startswith("python:3.11-") and python == "python-3.11"
+    assert "python=3.11" in conda
+    outside = {name: v for name, v in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    for command in (container["postCreateCommand"], container["postAttachCommand"]):
+        done = subprocess.run(
+            command, shell=True, cwd=checkout, capture_output=True, text=True, check=True,
+            env={**outside, "PYTHON": str(checkout.parent / "python")},
+        )  # fmt: skip
+    assert f"CALLED -m qtale_lib run IN {checkout}/.venv" in done.stdout and done.stderr == ""
 
 
 def test_the_commit_hooks_are_well_formed():

@@ -8,8 +8,8 @@ for argument in "$@"; do
       cat <<'HELP'
 Usage: ./run_all.sh [--profile NAME|PATH.yaml] [--data-dir DIR] [--only 03,05] [--seeds N] [--fresh]
 
-Makes Figures 1-7 and Tables 1-4: sets itself up on first use, computes every run that is missing, then executes the
-notebooks. What is there already is not computed again; a run that was stopped goes on where it stood.
+Makes Figures 1-7 and Tables 1-4: sets itself up on first use, computes every run that is missing, executes the
+notebooks and writes the report. What is there already is not computed again; a run that was stopped goes on where it stood.
 
   --profile   what to run: a profile's name, or the path of your own YAML (default: tiny, all of it embedded)
   --data-dir  folder with the benchmarks' original files, in place of the profile's data
@@ -18,7 +18,7 @@ notebooks. What is there already is not computed again; a run that was stopped g
   --fresh     compute anew: forget all results and figures of the profile first; with --only, the results alone that
               those notebooks show
 
-Results go to results/<profile>, figures to figures/<profile>.
+Results go to results/<profile>, the report to results/<profile>/report, figures to figures/<profile>.
 From outside: PYTHON, QTALE_TORCH_INDEX (set-up), QTALE_DATA_DIR, QTALE_MODELS_DIR.
 HELP
       exit 0

@@ -277,8 +277,7 @@ def _published(lab: Lab) -> dict[str, str]:
 def told(result: dict[str, Any]) -> dict[str, Any]:
     """What provenance says of one result, without its answers."""
     known = result["provenance"]
-    named = [source for source in known.get("data", {}).values() if "file" in source]
-    data = [f"{source['file']} ({str(source.get('sha256'))[:12]})" for source in named]
+    data = [_source(source) for source in known.get("data", {}).values() if "file" in source]
     return {**{name: known.get(name) for name in TOLD}, "kind": result["kind"], "data": data}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -75,6 +76,12 @@ def test_it_ends_well_and_says_what_took_how_long(first):
         and f"{len(NOTEBOOKS)} executed, 0 up to date" in first.stdout
     )
     assert "left" in first.stdout
+
+
+def test_it_ends_with_the_report(first, lab):
+    assert re.search(r"^report +\d+", first.stdout, re.M)
+    page = (lab.directory / "report" / "index.html").read_text()
+    assert "has not been executed" not in page and page.count("The executed notebook ") == len(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -94,7 +94,7 @@ def test_fresh_removes_nothing_before_everything_is_checked(earlier, tmp_path, w
 def test_fresh_forgets_the_profile_and_with_only_what_is_asked_for(earlier, monkeypatch, given, left):
     reached = []
     monkeypatch.setattr(reproduction, "_compute", lambda *_: reached.append("runs") or [])
-    monkeypatch.setattr(reproduction, "_execute", lambda *_: reached.append("notebooks") or [])
+    monkeypatch.setattr(reproduction, "execute", lambda *_: reached.append("notebooks") or [])
     stamp = notebooks.Executions(Lab("smoke"), {})._stamp(notebooks.choose("01")[0])
     stamp.write_text("{}")
     reproduction.run("smoke", **{"fresh": True, **given})
@@ -106,7 +106,7 @@ def test_fresh_forgets_the_profile_and_with_only_what_is_asked_for(earlier, monk
 @pytest.mark.parametrize(("only", "left"), [("01", True), ("11", False)])
 def test_fresh_forgets_a_benchmark_with_its_notebook_alone(earlier, tmp_path, monkeypatch, only, left):
     monkeypatch.setattr(reproduction, "_compute", lambda *_: [])
-    monkeypatch.setattr(reproduction, "_execute", lambda *_: [])
+    monkeypatch.setattr(reproduction, "execute", lambda *_: [])
     path = tmp_path / "results" / "smoke" / "bench" / "tiny.json"
     path.parent.mkdir()
     path.write_text("{}")
@@ -138,9 +138,9 @@ def test_status_counts_what_is_there(tmp_path):
 
 def test_notebooks_are_chosen_by_number_and_the_scoreboard_goes_last():
     assert [path.name[:2] for path in notebooks.choose("5, 00,03")] == ["03", "05", "00"]
-    assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 10
-    with pytest.raises(UserError, match="There is no notebook 09"):
-        notebooks.choose("09")
+    assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 14
+    with pytest.raises(UserError, match="There is no notebook 42"):
+        notebooks.choose("42")
 
 
 @pytest.mark.parametrize("only", ["", ",", "3,", "3,,5", "3,x", "03_figures", "-1", "1.5", "3 5"])
@@ -217,7 +217,7 @@ def test_a_failure_ends_in_code_1_and_its_whole_error_is_kept(lab, capsys):
     bad = Outcome("train x", "failed", 1.0, "no good", "Traceback ...")
     lab.directory.mkdir(parents=True)
     with pytest.raises(typer.Exit) as ended:
-        reproduction._finish(lab, [bad, Outcome("train y", "done", 1.0)], clock)
+        reproduction.finish(lab, [bad, Outcome("train y", "done", 1.0)], clock)
     shown = capsys.readouterr()
     assert ended.value.exit_code == 1
     assert "FAILED train x: no good" in shown.out and "train y" not in shown.out and "runs" in shown.out
@@ -226,10 +226,10 @@ def test_a_failure_ends_in_code_1_and_its_whole_error_is_kept(lab, capsys):
 
 @pytest.mark.parametrize(("others", "code"), [([], 2), [[Outcome("train y", "failed", error="boom")], 1]])
 def test_what_was_refused_alone_ends_in_code_2(lab, others, code):
-    failed = [Outcome("train x", "failed", error="do this instead", refused=True), *others]
+    failed = [Outcome("train x", "failed", error="do this instead", refused=2), *others]
     failed.append(Outcome("evaluate x", "skipped", error="what it builds on failed"))
     with pytest.raises(typer.Exit) as ended:
-        reproduction._finish(lab, failed, Stopclock())
+        reproduction.finish(lab, failed, Stopclock())
     assert ended.value.exit_code == code
 
 

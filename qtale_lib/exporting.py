@@ -43,7 +43,10 @@ DRAWN: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "table_4_theta_curves": figures.theta_curves,
     "bench_latency": benchmark_figures.latency,
     "bench_memory": benchmark_figures.memory,
+    "figure_12_win_rates": figures.win_rates,
+    "figure_12_skipping": figures.token_skipping,
     "execution_ratio_curves": study_figures.pareto,
+    "quantizers": study_figures.compression,
     "sensitivity_theta_aims_drawn": study_figures.aims,
     **{sensitivity.file_name(factor): study_figures.factor for factor in sensitivity.LABELS},
 }

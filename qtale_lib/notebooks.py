@@ -88,10 +88,11 @@ class Executions:
         )
 
     def studies(self, notebook: Path) -> list[studies.Study]:
-        """The study that a notebook shows, if it shows one; the scoreboard has the verdicts of two."""
+        """The study that a notebook shows, if it shows one; the scoreboard has the verdicts of several."""
         own = notebook.name[:2]
         numbers = SCORED if own == SCOREBOARD else [own] if own in studies.NAMES else []
         given = {name.lower(): value for name, value in self.parameters.items()}
+        given = {name: value for name, value in given.items() if name in ("profile", "data_dir", "seeds")}
         profile, root = given.pop("profile", "tiny"), self.lab.directory.parent
         return [studies.study_of(number, profile, root, **given) for number in numbers]
 

@@ -75,7 +75,7 @@ def test_a_parcel_brings_a_result_and_its_files_whole(tmp_path):
 def test_what_is_there_is_not_replaced_by_a_parcel(tmp_path):
     here, there = (lab_module.Store(tmp_path / name) for name in ("here", "there"))
     for store, value in ((here, 1), (there, 2)):
-        store.put("threshold", "a", "key", value={"theta": value})
+        store.put("threshold", "a", "key", spec={}, value={"theta": value}, provenance={})
     there.take(here.parcel("threshold", "a", "key"))
     assert there.get("threshold", "a", "key")["value"] == {"theta": 2}
 

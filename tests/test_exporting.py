@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import fake_study
 import pandas as pd
 import pytest
+import test_quantizers
 from fake_bench import made_up
 from fake_lab import FakeLab
 from matplotlib.image import imread
@@ -23,6 +24,7 @@ from qtale_lib import (
     figures,
     noise,
     overview,
+    quantizers,
     sensitivity,
     theta_aims,
 )
@@ -47,6 +49,24 @@ def effects_of(factor: str) -> pd.DataFrame:
     return found[found.factor == factor]
 
 
+def win_rates() -> pd.DataFrame:
+    """Two matches, one without an interval."""
+    rows = [("A against B", 60.0, 50.0, 70.0, 6, 0, 4), ("A against C", 50.0, None, None, 1, 2, 1)]
+    return pd.DataFrame(rows, columns=["match", "win_rate", "low", "high", "wins", "ties", "losses"])
+
+
+def skipping() -> pd.DataFrame:
+    """Two methods, places and kinds, three layers."""
+    names = [("place", "0"), ("place", "1"), ("kind", "name"), ("kind", "word")]
+    rows = [
+        (method, by, name, 5, layer, (1 + layer) / 4)
+        for method in ("dllm", "qtale")
+        for by, name in names
+        for layer in range(3)
+    ]
+    return pd.DataFrame(rows, columns=["method", "by", "name", "tokens", "layer", "ratio"])
+
+
 FRAMES = {
     "figure_1_overview": lambda: overview.frame(STORE),
     "figure_2_layer_execution_dllm": lambda: STORE.ratios_by_layer("dllm"),
@@ -59,7 +79,10 @@ FRAMES = {
     "table_4_theta_curves": lambda: STORE.theta_curves(),
     "bench_latency": lambda: benchmark_report.latency_frame(made_up()),
     "bench_memory": lambda: benchmark_report.memory_frame(made_up()),
+    "figure_12_win_rates": win_rates,
+    "figure_12_skipping": skipping,
     "execution_ratio_curves": lambda: execution_ratio.frame(STUDIES["08"]),
+    "quantizers": lambda: quantizers.frame(test_quantizers.study(test_quantizers.flat, 30, **SMALL)),
     "sensitivity_theta_aims_drawn": lambda: theta_aims.frame(STUDIES["10"]),
     **{sensitivity.file_name(factor): partial(effects_of, factor) for factor in sensitivity.LABELS},
 }

@@ -232,7 +232,7 @@ def _winogrande(row: Mapping) -> dict:
 def _arc(row: Mapping) -> dict:
     """Three to five choices, labelled A–E or 1–5."""
     texts, labels = row["choices"]["text"], row["choices"]["label"]
-    if not isinstance(texts, list) or not isinstance(labels, list):
+    if not isinstance(texts, list | tuple) or not isinstance(labels, list):
         raise TypeError("its choices are no lists")
     if len(texts) != len(labels):
         raise ValueError(f"{len(texts)} choices but {len(labels)} labels")

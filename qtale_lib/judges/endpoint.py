@@ -19,6 +19,7 @@ import httpx
 
 from qtale_lib.errors import UserError
 from qtale_lib.judges import LOSS, TIE, WIN, Comparison
+from qtale_lib.provenance import Stopwatch
 from qtale_lib.store import digest
 
 if TYPE_CHECKING:
@@ -73,9 +74,11 @@ class EndpointJudge:
         chat = Chat(self.settings, self.sleep)
         with httpx.Client(timeout=TIMEOUT) as client:
             for done, asked in enumerate(left, start=1):
-                answer = chat.answer(client, asked)
-                value = {"model": self.settings.model, "messages": asked, "answer": answer}
-                self.store.put(KIND, "endpoint", self._key(asked), value=value)
+                watch, answer = Stopwatch(), chat.answer(client, asked)
+                spec = {"judge": "endpoint", "url": self.settings.url, "model": self.settings.model}
+                value = {"messages": asked, "answer": answer}
+                parts = {"spec": spec, "value": value, "provenance": watch.provenance()}
+                self.store.put(KIND, "endpoint", self._key(asked), **parts)
                 report(done / len(left))
 
     def _left(self, comparisons: Sequence[Comparison]) -> list[list[dict[str, str]]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qtale_lib.data.prompts import render
 from qtale_lib.judges import Comparison, better
+from qtale_lib.provenance import Stopwatch
 from qtale_lib.store import digest
 
 if TYPE_CHECKING:
@@ -42,8 +43,10 @@ class LikelihoodJudge:
         """Score both sides."""
         for done, side in enumerate(self._sides(comparisons), start=1):
             if self._stored(side) is None:
-                scores = mean_log_likelihoods(self.lab, self.model, side)
-                self.lab.store.put(KIND, "responses", self._key(side), value={"scores": scores})
+                watch, spec = Stopwatch(), {"judge": "likelihood", "model": self.model}
+                value = {"scores": mean_log_likelihoods(self.lab, self.model, side)}
+                parts = {"spec": spec, "value": value, "provenance": watch.provenance()}
+                self.lab.store.put(KIND, "responses", self._key(side), **parts)
             report(done / 2)
 
     def _sides(self, comparisons: Sequence[Comparison]) -> list[list[tuple[str, str]]]:

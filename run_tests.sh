@@ -18,4 +18,5 @@ cd "$ROOT"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start processes of their own, one thread each
 python -m ruff check --quiet .
 python -m ruff format --quiet --check .
-exec python -m pytest "${marked[@]}" "$@"
+# the tests of a file stay in one process: they share what they set up
+exec python -m pytest -n auto --maxprocesses 4 --dist loadfile "${marked[@]}" "$@"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qtale_lib.errors import DamagedError, UserError
-from qtale_lib.jobs import Job, all_jobs, response_jobs, token_jobs
+from qtale_lib.jobs import Job, all_jobs, computing, response_jobs, token_jobs
 from qtale_lib.lab import Lab
 from qtale_lib.provenance import ROOT
 from qtale_lib.store import is_sound, replaced
@@ -37,30 +37,28 @@ def archive(lab: Lab, folder: Path = ARCHIVE, others: Iterable[Lab] = ()) -> lis
     finished = [seed for seed in lab.profile.seeds if all(_is_finished(own, seed) for own in labs)]
     if not finished:
         name = lab.profile.name
-        command = f"study {name}" if others else f"run --profile {name}"
-        raise UserError(
-            f"No seed of profile {name} is finished yet; `python -m qtale_lib {command}` goes on."
-        )
+        command = computing(name, is_study=bool(others))
+        raise UserError(f"No seed of profile {name} is finished yet; `{command}` goes on.")
     return [_written(path(lab, seed, folder), _results(labs, seed)) for seed in finished]
 
 
 def _is_finished(lab: Lab, seed: int) -> bool:
-    return all(lab.is_done(job) for job in all_jobs(lab.profile) if job.run.seed == seed)
+    return all(map(lab.is_done, _of_seed(all_jobs(lab.profile), seed)))
 
 
-def _archived(lab: Lab) -> list[Job]:
+def _of_seed(jobs: Iterable[Job], seed: int) -> list[Job]:
+    return [job for job in jobs if job.run.seed == seed]
+
+
+def _archived(lab: Lab, seed: int) -> list[Job]:
     """All jobs, and those that read more off models as far as they are done, as they need the weights."""
-    extra = [*response_jobs(lab.profile), *token_jobs(lab.profile)]
-    return [*all_jobs(lab.profile), *filter(lab.is_done, extra)]
+    extra = _of_seed([*response_jobs(lab.profile), *token_jobs(lab.profile)], seed)
+    return [*_of_seed(all_jobs(lab.profile), seed), *filter(lab.is_done, extra)]
 
 
 def _results(labs: Iterable[Lab], seed: int) -> list[dict[str, Any]]:
     """Of one seed; what several labs have in common once."""
-    found = [
-        result
-        for lab in labs
-        for result in lab.stored([job for job in _archived(lab) if job.run.seed == seed], KINDS)
-    ]
+    found = [result for lab in labs for result in lab.stored(_archived(lab, seed), KINDS)]
     return list({(result["kind"], result["key"]): result for result in found}.values())
 
 

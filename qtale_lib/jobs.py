@@ -152,6 +152,11 @@ def needs(profile: Profile, notebook: str) -> list[Job]:
     return all_jobs(profile)
 
 
+def computing(name: str, is_study: bool) -> str:
+    """The command that computes what is missing of a profile, or of a study."""
+    return f"python -m qtale_lib {'study' if is_study else 'run --profile'} {name}"
+
+
 def ablated_bits(profile: Profile) -> list[int]:
     """The bit widths of Table 4 and its controls; all of a profile that has none of TABLE_4_BITS."""
     return [bits for bits in TABLE_4_BITS if bits in profile.bits] or list(profile.bits)

@@ -15,7 +15,7 @@ from typing import Any
 
 from qtale_lib import contrasts
 from qtale_lib.errors import UserError
-from qtale_lib.jobs import all_jobs, evaluation_specs, runs
+from qtale_lib.jobs import all_jobs, computing, evaluation_specs, runs
 from qtale_lib.lab import Lab, Spec, run_spec
 from qtale_lib.provenance import ROOT, git_commit, last_change, versions
 from qtale_lib.store import canonical, digest, read_json, write_json
@@ -38,7 +38,7 @@ def publish(
         name = lab.profile.name
         raise UserError(
             f"Profile {name} is not finished ({len(missing)} jobs missing); "
-            f"run `python -m qtale_lib {f'study {name}' if others else f'run --profile {name}'}` first."
+            f"run `{computing(name, is_study=bool(others))}` first."
         )
     results = _emptied((results or ROOT / "results" / REFERENCE) / lab.profile.name)
     figures = _emptied((figures or ROOT / "figures" / REFERENCE) / lab.profile.name)

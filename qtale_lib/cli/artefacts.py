@@ -12,7 +12,7 @@ from qtale_lib import archive as archives
 from qtale_lib import studies
 from qtale_lib.cli.common import ProfileName, app, short
 from qtale_lib.errors import UserError
-from qtale_lib.jobs import all_jobs
+from qtale_lib.jobs import all_jobs, computing
 from qtale_lib.publishing import publish as publish_profile
 
 
@@ -99,8 +99,7 @@ def restore(profile: str) -> None:
     done = [own.is_done(job) for own in (lab, *others) for job in all_jobs(own.profile)]
     typer.echo(f"{sum(done)} of {len(done)} jobs of profile {lab.profile.name} are done")
     if not any(done):
-        command = f"study {profile}" if others else f"run --profile {profile}"
         typer.echo(
             "The archive was made from another base, with other settings or by an older version: "
-            f"`python -m qtale_lib {command}` will compute its results again."
+            f"`{computing(profile, is_study=bool(others))}` will compute its results again."
         )

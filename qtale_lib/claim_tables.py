@@ -13,7 +13,7 @@ from qtale_lib import paper
 from qtale_lib.claims import tally
 from qtale_lib.contrasts import stated
 from qtale_lib.statistics import POWER, RULE
-from qtale_lib.tables import NOT_RUN, Table, number
+from qtale_lib.tables import NOT_RUN, Table, number, or_dash
 
 
 def verdict_table(frame: pd.DataFrame, name: str = "claims") -> Table:
@@ -66,7 +66,7 @@ def seeds_table(frame: pd.DataFrame) -> Table:
     text = pd.DataFrame({
         "measured": frame.measured, "on": frame.on, "seeds here": frame.seeds, "questions": frame.questions,
         "effect": frame.effect.map(number),
-        **{name: [_or_dash(value) for value in frame[name]] for name in ("spread", "sampling")},
+        **{name: [or_dash(value) for value in frame[name]] for name in ("spread", "sampling")},
         f"seeds for {POWER:.0%}": [_seeds(value) for value in frame.needed],
     })  # fmt: skip
     smallest = stated().metrics["csqa"].smallest
@@ -115,10 +115,6 @@ def _what_scores_are() -> tuple[str, ...]:
 
 def _probability(value: float) -> str:
     return "–" if pd.isna(value) else "< 0.001" if value < 0.001 else number(value, 3)
-
-
-def _or_dash(value: float) -> str:
-    return "–" if pd.isna(value) else number(value)
 
 
 def _seeds(value: float) -> str:

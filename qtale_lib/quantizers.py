@@ -27,7 +27,7 @@ from qtale_lib.measurements import Answers, Measurements, group_of
 from qtale_lib.statistics import Run, estimate
 from qtale_lib.studies import Study
 from qtale_lib.sweep import Setting
-from qtale_lib.tables import Table, number
+from qtale_lib.tables import Table, number, or_dash, with_interval
 
 QUANTIZERS = {"rtn": "RTN", "awq": "AWQ", "gptq": "GPTQ", "magr_gptq": "MagR+GPTQ"}
 FEWER = {"block_influence": "ShortGPT's block influence", "sleb": "SLEB", "early_exit": "early exit"}
@@ -206,10 +206,8 @@ def quantizer_table(found: pd.DataFrame, study: Study) -> Table:
     part = part.sort_values("bits", ascending=False, kind="stable", ignore_index=True)
     text = pd.DataFrame({
         "bits": part.bits.astype(str), "quantizer": part.arm, "method": part.method.map(paper.METHODS),
-        "accuracy [95 %]": _intervals(part, "accuracy", "low", "high"),
-        "change [95 %]": _intervals(part, "change", "change_low", "change_high", sign=True),
-        "R": part.R.map(partial(number, digits=3)),
-        "packed file (MiB)": [_dash(value / MIB, 3) for value in part.bytes],
+        **_scored(part),
+        "packed file (MiB)": [or_dash(value / MIB, 3) for value in part.bytes],
     })  # fmt: skip
     notes = (
         *_notes(study),
@@ -226,9 +224,7 @@ def pruning_table(found: pd.DataFrame, study: Study) -> Table:
     part = found[found.kind != QUANTIZER].reset_index(drop=True)
     text = pd.DataFrame({
         "what": part.arm.str.replace("_", " "), "method": part.method.map(paper.METHODS),
-        "accuracy [95 %]": _intervals(part, "accuracy", "low", "high"),
-        "change [95 %]": _intervals(part, "change", "change_low", "change_high", sign=True),
-        "R": part.R.map(partial(number, digits=3)),
+        **_scored(part),
     })  # fmt: skip
     notes = (
         *_notes(study),
@@ -267,19 +263,18 @@ def _notes(study: Study) -> tuple[str, ...]:
     )
 
 
+def _scored(part: pd.DataFrame) -> dict[str, Any]:
+    """The columns that both tables of arms have."""
+    return {
+        "accuracy [95 %]": _intervals(part, "accuracy", "low", "high"),
+        "change [95 %]": _intervals(part, "change", "change_low", "change_high", sign=True),
+        "R": part.R.map(partial(number, digits=3)),
+    }
+
+
 def _intervals(part: pd.DataFrame, value: str, low: str, high: str, sign: bool = False) -> list[str]:
     rows = part[[value, low, high]].astype(float).values
-    return [_interval(*row, sign=sign) for row in rows]
-
-
-def _interval(value: float, low: float, high: float, sign: bool) -> str:
-    if np.isnan(value):
-        return "–"
-    return number(value, 1, sign=sign) + ("" if np.isnan(low) else f" [{number(low, 1)}, {number(high, 1)}]")
-
-
-def _dash(value: float, digits: int) -> str:
-    return "–" if np.isnan(value) else number(value, digits)
+    return [with_interval(*row, sign=sign) for row in rows]
 
 
 # Claims.

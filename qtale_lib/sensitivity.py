@@ -22,7 +22,7 @@ from qtale_lib.measurements import ROUTED_METHODS, Answers, Measurements, group_
 from qtale_lib.statistics import NOT_RUN, SHOWN, Run, estimate
 from qtale_lib.studies import Study
 from qtale_lib.sweep import Setting
-from qtale_lib.tables import Table, number
+from qtale_lib.tables import Table, number, with_interval
 
 AIMS = "theta_aims"  # rules for θ beside the search; theirs is another question (theta_aims.py)
 COST = "training.rate_target"  # buys accuracy for FLOPs: notebook 08 compares its values, at equal FLOPs
@@ -220,8 +220,7 @@ def _largest(part: pd.DataFrame) -> str:
     if known.empty:
         return "–"
     row = known.loc[known.effect.idxmax()]
-    ends = "" if pd.isna(row.low) else f" [{number(row.low, 1)}, {number(row.high, 1)}]"
-    return f"{row.value}: {number(row.effect, 1, sign=True)}{ends}"
+    return f"{row.value}: {with_interval(row.effect, row.low, row.high, sign=True)}"
 
 
 def _word(part: pd.DataFrame) -> str:

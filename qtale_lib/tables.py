@@ -53,6 +53,17 @@ def number(value: Any, digits: int = 2, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
+def or_dash(value: float, digits: int = 2, sign: bool = False) -> str:
+    """A number for readers; a dash for NaN."""
+    return "–" if pd.isna(value) else number(value, digits, sign)
+
+
+def with_interval(value: float, low: float, high: float, sign: bool = False) -> str:
+    """ "1.6 [0.5, 2.8]", without the interval where that is not known; a dash for NaN."""
+    ends = "" if pd.isna(low) else f" [{number(low, 1)}, {number(high, 1)}]"
+    return or_dash(value, 1, sign) + ("" if pd.isna(value) else ends)
+
+
 def with_errors(value: Any, sampling: Any, spread: Any = None, digits: int = 2, sign: bool = False) -> str:
     """ "78.90 ± 1.10", and "(0.80)" behind it if a spread over seeds is known."""
     if number(value) == NOT_RUN:

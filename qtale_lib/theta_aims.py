@@ -15,7 +15,7 @@ from qtale_lib.measurements import ROUTED_METHODS, Measurements, group_of
 from qtale_lib.sensitivity import AIMS
 from qtale_lib.statistics import Run, estimate
 from qtale_lib.studies import Study
-from qtale_lib.tables import Table, number
+from qtale_lib.tables import Table, number, or_dash
 
 COLUMNS = ("rule", "method", "bits", "aimed", "R", "off", "off_spread", "accuracy", "low", "high", "seeds")
 SEARCHED = ("searched", "argmax")
@@ -80,9 +80,9 @@ def table(study: Study) -> Table:
     found = frame(study)
     text = pd.DataFrame({
         "θ by": found.rule, "method": found.method.map(paper.METHODS), "bits": found.bits.astype(str),
-        "R aimed at": [_or_dash(value, 3) for value in found.aimed],
+        "R aimed at": [or_dash(value, 3) for value in found.aimed],
         "R": [number(value, 3) for value in found.R],
-        "off (points)": [_or_dash(value, 1) for value in found.off],
+        "off (points)": [or_dash(value, 1, sign=True) for value in found.off],
         "accuracy [95 %]": [
             f"{number(r.accuracy, 1)} [{number(r.low, 1)}, {number(r.high, 1)}]" for r in found.itertuples()
         ],
@@ -95,10 +95,6 @@ def table(study: Study) -> Table:
     )
     caption = f"θ without a grid, study {study.profile.name}"
     return Table("sensitivity_theta_aims", caption, text, found, ("rule", "method", "bits"), notes)
-
-
-def _or_dash(value: float, digits: int) -> str:
-    return "–" if pd.isna(value) else number(value, digits, sign=digits == 1)
 
 
 # Claims: that a rule runs what it aims at.

@@ -6,7 +6,7 @@ Both answer the same prompts, so that it is paired by construction; prompts that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +101,12 @@ def judged(lab: Lab, match: Match) -> Iterator[tuple[int, list[Comparison], np.n
 
 def win_runs(store: Measurements, match: Match) -> list[Run]:
     """One Run per seed: points of win rate above 50 %, paired over prompts."""
+    return _runs(judged(store.lab, match))
+
+
+def _runs(seeds: Iterable[tuple[int, list[Comparison], np.ndarray]]) -> list[Run]:
     runs = []
-    for seed, pairs, found in judged(store.lab, match):
+    for seed, pairs, found in seeds:
         shared = sharing(tuple(pair.example.facts for pair in pairs))
         points = 100 * (found - TIE)
         runs.append(Run(jobs.WRITTEN_TASK, seed, float(points.mean()), points, shared))
@@ -160,7 +164,7 @@ def win_table(store: Measurements) -> Table:
 
 def _win_row(store: Measurements, match: Match) -> dict[str, Any] | None:
     found = list(judged(store.lab, match))
-    measured = estimate(win_runs(store, match))
+    measured = estimate(_runs(found))
     if measured is None:
         return None
     everything = np.concatenate([preference for _, _, preference in found])

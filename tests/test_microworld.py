@@ -272,3 +272,22 @@ def test_pretraining_resumes_and_writes_a_base(tmp_path):
     first = (tmp_path / "model.safetensors").read_bytes()
     pretrain(recipe, tmp_path, save_seconds=0.0)  # all steps are done: nothing is trained again
     assert (tmp_path / "model.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("able", "mixed"), [({"avx2": True, "avx512_bw": False}, False), ({"avx512_bw": True}, True), ({}, False)]
+)
+def test_a_processor_that_must_emulate_bfloat16_pretrains_in_float32(monkeypatch, tmp_path, able, mixed):
+    import torch
+
+    from qtale_lib.data.microworld.pretrain import Recipe, pretrain
+
+    used, autocast = [], torch.autocast
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(
+        torch, "autocast", lambda *given, **named: used.append(named["enabled"]) or autocast(*given, **named)
+    )
+    pretrain(Recipe(layers=2, hidden=8, intermediate=8, heads=2, key_value_heads=1, tokens=4096), tmp_path)
+    assert used == [mixed, mixed]
+    record = json.loads((tmp_path / "pretraining.json").read_text())
+    assert record["products"] == ("bfloat16" if mixed else "float32")

@@ -156,9 +156,19 @@ def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     return (losses * flat).sum() / flat.sum()
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor does: one that must emulate it takes ten times as long as in float32."""
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bw", "amx_bf16", "bf16"))  # the last is ARM's
+
+
 def pretrain(recipe: Recipe, directory: Path, threads: int = 1, save_seconds: float = 300.0) -> None:
-    """Runs (or resumes) pretraining; the base goes to `directory`, the state into `state/` inside it."""
+    """Runs (or resumes) pretraining; the base goes to `directory`, the state into `state/` inside it.
+
+    Products are in bfloat16 where the processor has them, otherwise in float32; weights always in float32.
+    """
     torch.set_num_threads(threads)
+    mixed = multiplies_bfloat16()
     tokenizer = build_tokenizer()
     model = build_model(recipe, len(tokenizer))
     model.train()
@@ -173,7 +183,7 @@ def pretrain(recipe: Recipe, directory: Path, threads: int = 1, save_seconds: fl
         for optimizer, own in zip(both, rates, strict=True):
             for group, lr in zip(optimizer.param_groups, own, strict=True):
                 group["lr"] = lr * learning_rate_factor(recipe, step)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = weighted_loss(logits, ids, weights)
         loss.backward()
@@ -240,6 +250,7 @@ def write_base(model, tokenizer, recipe: Recipe, directory: Path, loss: float, s
         "final_loss": round(loss, 4),
         "seconds": round(seconds),
         "threads": torch.get_num_threads(),
+        "products": "bfloat16" if multiplies_bfloat16() else "float32",
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "sha256": {"model.safetensors": digest},

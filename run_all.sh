@@ -18,7 +18,8 @@ notebooks and writes the report. What is there already is not computed again; a 
   --fresh     compute anew: forget all results and figures of the profile first; with --only, the results alone that
               those notebooks show
 
-Results go to results/<profile>, the report to results/<profile>/report, figures to figures/<profile>.
+Results go to results/<profile>, the report to results/<profile>/report, logs to results/<profile>/logs, figures to
+figures/<profile>.
 From outside: PYTHON, QTALE_TORCH_INDEX (set-up), QTALE_DATA_DIR, QTALE_MODELS_DIR.
 HELP
       exit 0

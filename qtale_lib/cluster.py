@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from qtale_lib import machine, pool
 from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
-from qtale_lib.pool import Outcome, Task, Watcher
+from qtale_lib.pool import Outcome, Report, Task, Watcher
 from qtale_lib.preflight import gib, peak_bytes
 from qtale_lib.progress import watcher
 from qtale_lib.store import Parcel, locked, read_json, write_json
@@ -64,7 +64,7 @@ def compute(lab: Lab, wanted: Iterable[Job], address: str) -> list[Outcome]:
     tasks = [replace(lab.task(job), work=_perform) for job in jobs.values()]
     with _alone(lab), joined(address):
         need = room(int(peak_bytes(lab, list(jobs.values()), "cpu")), lab.profile.compute.processes)
-        with watcher(tasks, slots(need)) as watching:
+        with watcher(tasks, slots(need), lab.directory) as watching:
             return run_tasks(
                 tasks,
                 need,
@@ -182,16 +182,16 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 class _Board:
-    """An actor that holds the latest share done of each running task until it is asked."""
+    """An actor that holds what each running task reported last until it is asked."""
 
     def __init__(self) -> None:
-        self.shares: dict[str, float] = {}
+        self.reports: dict[str, tuple[Any, ...]] = {}
 
-    def put(self, name: str, share: float) -> None:
-        self.shares[name] = share
+    def put(self, name: str, *report: Any) -> None:
+        self.reports[name] = report
 
-    def take(self) -> dict[str, float]:
-        taken, self.shares = self.shares, {}
+    def take(self) -> dict[str, tuple[Any, ...]]:
+        taken, self.reports = self.reports, {}
         return taken
 
 
@@ -210,7 +210,7 @@ def _work(board: Any, name: str, work: Callable[..., Any], arguments: tuple[Any,
     """In a worker of the cluster."""
     started, made = time.monotonic(), []
     status, rest = pool.attempt(
-        lambda report: made.append(work(*arguments, report)), (), lambda share: board.put.remote(name, share)
+        lambda report: made.append(work(*arguments, report)), (), lambda *done: board.put.remote(name, *done)
     )
     seconds = time.monotonic() - started
     return _Ended(status, rest, made[0] if made else None, seconds, socket.gethostname())
@@ -300,10 +300,10 @@ class _Dispatch:
             time.sleep(POLL)
             return
         ended, _ = self.ray.wait(list(self.running), timeout=POLL)
-        shares = self.ray.get(self.board.take.remote())
+        reports = self.ray.get(self.board.take.remote())
         for task in self.running.values():
-            if task.name in shares:
-                self.watching.progressed(task, shares[task.name])
+            if task.name in reports:
+                self.watching.progressed(task, *reports[task.name])
         for reference in ended:
             self._end(self.running.pop(reference), reference)
 
@@ -365,9 +365,7 @@ def _pack(lab: Lab, job: Job) -> _Luggage:
     return _Luggage(lab.parcels([replace(job, bits=None), job]), read_json(lab.store.root / MEMO))
 
 
-def _perform(
-    profile: Profile, root: Path, job: Job, luggage: _Luggage, report: Callable[[float], None]
-) -> list[Parcel]:
+def _perform(profile: Profile, root: Path, job: Job, luggage: _Luggage, report: Report) -> list[Parcel]:
     """Do a job in a scratch folder of its own and return the results that it added.
 
     The folder goes at the end; where a worker was killed it stays, and the next one goes on from it.

@@ -11,12 +11,12 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qtale_lib.config import Profile
 from qtale_lib.errors import UserError
+from qtale_lib.pool import Report
 from qtale_lib.store import read_json, write_json
 
 FOLDER = "processes"
@@ -26,7 +26,7 @@ SHOWN_CHARACTERS = 2000
 
 
 def finetune(
-    profile: Profile, task: str, method: str, seed: int, directory: Path, report: Callable[[float], None]
+    profile: Profile, task: str, method: str, seed: int, directory: Path, report: Report
 ) -> dict[str, Any]:
     """As `training.finetune`, in `profile.compute.processes` processes.
 
@@ -50,7 +50,7 @@ def finetune(
     return answer["value"]
 
 
-def _attend(folder: Path, processes: int, report: Callable[[float], None]) -> None:
+def _attend(folder: Path, processes: int, report: Report) -> None:
     """Start the processes and stay until they are over."""
     torchrun = [
         sys.executable,
@@ -72,7 +72,8 @@ def _attend(folder: Path, processes: int, report: Callable[[float], None]) -> No
         try:
             for line in group.stdout:
                 if line.startswith(SHARE):
-                    report(float(line.removeprefix(SHARE)))
+                    share, _, note = line.removeprefix(SHARE).strip().partition(" ")
+                    report(float(share), note)
         finally:
             group.stdin.close()  # theirs as well: they end if this was left early
 
@@ -108,8 +109,8 @@ def join() -> None:
     PartialState(cpu=on_cpu, **({"backend": "gloo"} if on_cpu else {}))
 
 
-def _tell(share: float) -> None:
-    print(f"{SHARE}{share}", flush=True)
+def _tell(share: float, note: str) -> None:
+    print(f"{SHARE}{share} {note}", flush=True)
 
 
 def _end_with_parent() -> None:

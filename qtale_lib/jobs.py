@@ -66,6 +66,13 @@ class Job:
             else f"evaluate {self.run.name} at {self.bits} bit"
         )
 
+    @property
+    def stage(self) -> str:
+        """What it is counted with."""
+        if self.extra:
+            return self.extra.replace("_", " ")
+        return "fine-tunings" if self.bits is None else f"results at {self.bits} bit"
+
 
 def runs(profile: Profile) -> list[Run]:
     """Every fine-tuning of the profile's grid."""
@@ -150,6 +157,11 @@ def needs(profile: Profile, notebook: str) -> list[Job]:
     if number == "07":
         return _with_bits(routed, ablated_bits(profile))
     return all_jobs(profile)
+
+
+def wanted_by(profile: Profile, notebooks: Iterable[str]) -> list[Job]:
+    """The jobs that notebooks need, each once."""
+    return list(dict.fromkeys(job for notebook in notebooks for job in needs(profile, notebook)))
 
 
 def computing(name: str, is_study: bool) -> str:

@@ -23,7 +23,7 @@ from qtale_lib.data import Example, Loaded, code_stamp, data_hash, read_task, su
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run, expected_seconds
 from qtale_lib.memory import BYTES
-from qtale_lib.pool import Outcome, PutOff, Task, run_tasks, worker_slots
+from qtale_lib.pool import Outcome, PutOff, Report, Task, run_tasks, worker_slots
 from qtale_lib.preflight import check, check_fit
 from qtale_lib.progress import watcher
 from qtale_lib.provenance import ROOT, Stopwatch, versions
@@ -385,7 +385,7 @@ class Lab:
         small = self.base()["bytes"] < SMALL_BYTES
         slots = worker_slots(len(missing), check_fit(self, missing), small, self.profile.compute.processes)
         tasks = [self.task(job) for job in missing]
-        with watcher(tasks, len(slots)) as watching:
+        with watcher(tasks, len(slots), self.directory) as watching:
             return run_tasks(tasks, slots, watching)
 
     def missing(self, wanted: Iterable[Job]) -> list[Job]:
@@ -407,8 +407,8 @@ class Lab:
         # A seed is finished before the next is begun, its evaluations before fine-tunings that still wait:
         # whole results early, should this be killed.
         rank = 2 * self.profile.seeds.index(job.run.seed) + int(job.bits is None)
-        arguments = (self.profile, self.directory.parent, job)
-        return Task(job.name, _perform, arguments, after, expected_seconds(self.profile, job), rank)
+        arguments, cost = (self.profile, self.directory.parent, job), expected_seconds(self.profile, job)
+        return Task(job.name, _perform, arguments, after, cost, rank, job.stage)
 
     def ensure(self, notebook: str) -> None:
         """Compute what is missing of what a notebook shows; UserError naming what failed.
@@ -427,7 +427,7 @@ class Lab:
             raise UserError(f"{len(failed)} of the results of notebook {notebook} failed; the first, {first}")
 
 
-def _perform(profile: Profile, root: Path, job: Job, report: Callable[[float], None]) -> None:
+def _perform(profile: Profile, root: Path, job: Job, report: Report) -> None:
     """Do a job; PutOff if another process is at it."""
     lab = Lab(profile, root)
     with lab.store.job_lock(job.name, PATIENCE) as held:

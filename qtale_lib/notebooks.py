@@ -159,7 +159,7 @@ class Executions:
 
 def as_task(notebook: Path) -> Task:
     """The notebook as something that a watcher can show."""
-    return Task(notebook.stem, as_task, cost=8.0)
+    return Task(notebook.stem, as_task, cost=8.0, stage="notebooks")
 
 
 def environment() -> dict[str, str]:

@@ -24,6 +24,7 @@ from qtale_lib.errors import MachineError, UserError, of_machine
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GRACE_SECONDS = 5.0
+Report = Callable[..., None]  # report(share done, where it is or nothing), called by a task's work
 PUT_OFF = "put off"
 
 
@@ -31,7 +32,8 @@ PUT_OFF = "put off"
 class Task:
     """One job for the pool: `work(*arguments, report)` in a worker, after the tasks named in `after`.
 
-    cost: expected seconds, in any unit common to all tasks; rank: ready tasks of a lower rank go first.
+    cost: expected seconds, in any unit common to all tasks; rank: ready tasks of a lower rank go first;
+    stage: what it is counted with.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Task:
     after: tuple[str, ...] = ()
     cost: float = 1.0
     rank: int = 0
+    stage: str = "jobs"
 
 
 class PutOff(Exception):
@@ -75,8 +78,8 @@ class Watcher(Protocol):
     def started(self, task: Task) -> None:
         """A worker took the task."""
 
-    def progressed(self, task: Task, fraction: float) -> None:
-        """The task reported the share of it that is done."""
+    def progressed(self, task: Task, fraction: float, note: str = "") -> None:
+        """The task reported the share of it that is done, and where it is."""
 
     def put_off(self, task: Task) -> None:
         """The task was given back, to be tried again later."""
@@ -195,7 +198,7 @@ def _listen(worker: _Worker, watcher: Watcher, finish: Callable) -> _Worker | No
         while worker.connection.poll():
             kind, value = worker.connection.recv()
             if kind == "progress":
-                watcher.progressed(task, value)
+                watcher.progressed(task, *value)
                 continue
             worker.task = None
             seconds = time.monotonic() - worker.started
@@ -240,7 +243,7 @@ def _serve(connection: Connection, slot: dict[str, str]) -> None:
             work, arguments = connection.recv()
         except EOFError:
             return
-        connection.send(attempt(work, arguments, lambda done: connection.send(("progress", done))))
+        connection.send(attempt(work, arguments, lambda *done: connection.send(("progress", done))))
 
 
 def _dismiss(workers: list[_Worker]) -> None:
@@ -255,7 +258,7 @@ def _dismiss(workers: list[_Worker]) -> None:
 
 
 def attempt(
-    work: Callable[..., Any], arguments: tuple[Any, ...], report: Callable[[float], None]
+    work: Callable[..., Any], arguments: tuple[Any, ...], report: Report
 ) -> tuple[str, tuple[Any, ...]]:
     """Do a task's work, in its worker: an outcome's status, and its error, detail and refused."""
     try:

@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "lm_eval", "numpy")
 
@@ -100,6 +102,14 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024  # Linux counts in KiB
+
+
+def memory_in_use() -> int:
+    """Bytes: what this process holds now, or torch has allocated on its GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
 
 
 class Stopwatch:

@@ -31,6 +31,7 @@ from qtale_lib.generation import Generated, generate, generate_all, prompt_ids
 from qtale_lib.harness import evaluate_own_task
 from qtale_lib.jobs import Job, Run, extra_rules, rules
 from qtale_lib.lab import Lab, Spec, run_spec
+from qtale_lib.pool import Report
 from qtale_lib.preflight import gib
 from qtale_lib.pruning import prune
 from qtale_lib.quantization import apply_search, quantize, save_search
@@ -40,15 +41,14 @@ from qtale_lib.store import file_digest
 from qtale_lib.streamed_model import StreamedModel
 from qtale_lib.threshold_rules import aim
 from qtale_lib.trainer import is_router
-from qtale_lib.training import finetune
+from qtale_lib.training import finetune, in_use
 
-Report = Callable[[float], None]
 PACKED = "packed"  # folder of a quantized model, beside its search while it is being made
 STREAMED_FROM = 8 * 2**30  # bytes of the base's weights in the profile's dtype
 
 
 def perform(lab: Lab, job: Job, report: Report) -> None:
-    """Compute what is missing of one job; report(share done)."""
+    """Compute what is missing of one job; report(share done, where it is)."""
     be_quiet()
     if job.bits is None:
         finetune_run(lab, job.run, report)
@@ -82,19 +82,33 @@ def finetune_run(lab: Lab, run: Run, report: Report) -> dict[str, Any]:
 
 def evaluate_run(lab: Lab, run: Run, bits: int, report: Report) -> None:
     """θ search and evaluation by every rule at one bit width; the model is made at most once."""
-    model = functools.cache(lambda: prepared_model(lab, run, bits))
+    model = _model_once(lab, run, bits, report)
     if run.routed:
         spec = run_spec(run, bits=bits)
-        lab.once("threshold", spec, lambda _: find_threshold(lab, spec, *model()))
+        lab.once("threshold", spec, lambda _: find_threshold(lab, spec, *model(), report))
         for aim in lab.profile.theta_aims:
             aimed = {**spec, "theta": aim}
             lab.once("threshold", aimed, functools.partial(_aim, lab, aimed, model))
-    report(0.5)
     wanted = rules(lab.profile, run.method)
-    for done, rule in enumerate(wanted, start=1):
+    for done, rule in enumerate(wanted):
         spec = run_spec(run, bits=bits, theta=rule)
-        lab.once("evaluation", spec, functools.partial(_evaluate, lab, spec, model))
-        report(0.5 + 0.5 * done / len(wanted))
+        tell = functools.partial(_tell, report, 0.5 + 0.5 * done / len(wanted), f"evaluating, θ: {rule}")
+        lab.once("evaluation", spec, functools.partial(_evaluate, lab, spec, model, tell))
+
+
+def _model_once(lab: Lab, run: Run, bits: int, report: Report) -> Callable:
+    """What gives `prepared_model`, made when it is first asked for."""
+
+    @functools.cache
+    def model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        _tell(report, 0.0, "quantizing" if bits < 16 else "merging LoRA")
+        return prepared_model(lab, run, bits)
+
+    return model
+
+
+def _tell(report: Report, share: float, what: str) -> None:
+    report(share, f"{what}, {in_use()}")
 
 
 def prepared_model(lab: Lab, run: Run, bits: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -242,11 +256,12 @@ def calibration_texts(lab: Lab, task: str) -> list[str]:
 
 
 def find_threshold(
-    lab: Lab, spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    lab: Lab, spec: Spec, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: Report
 ) -> dict[str, Any]:
     """The two-phase search of Sec. 3.4 on the calibration questions: theta, both curves, tolerance; and which
     questions (ids, rows {used, dropped, cut}).
     """
+    _tell(report, 0.2, "searching θ")
     steps = lab.profile.calibration
     examples = lab.examples(spec["task"], "calibration")
     search = search_threshold(
@@ -271,8 +286,9 @@ def _aim(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
     return aim(prepared, tokenizer, examples, spec["theta"], **fitting(lab)).as_dict()
 
 
-def _evaluate(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
+def _evaluate(lab: Lab, spec: Spec, model: Callable, tell: Callable[[], None], _: Path) -> dict[str, Any]:
     prepared, tokenizer = model()
+    tell()
     theta = lab.theta(spec)
     set_threshold_if_routed(prepared, theta)
     done = {"pruning": prepared.pruning} if hasattr(prepared, "pruning") else {}
@@ -320,17 +336,18 @@ def generate_text(
 
 def read_off(lab: Lab, job: Job, report: Report) -> None:
     """A job's extra: responses of a run to prompts of the evaluated split, or its routes token by token."""
-    model = functools.cache(lambda: prepared_model(lab, job.run, job.bits))
+    model = _model_once(lab, job.run, job.bits, report)
     wanted, work = extra_rules(job), {"responses": _respond, "token_routes": _read_routes}[job.extra]
-    for done, rule in enumerate(wanted, start=1):
+    for done, rule in enumerate(wanted):
         spec = run_spec(job.run, bits=job.bits, theta=rule)
-        lab.once(job.extra, spec, functools.partial(work, lab, spec, model))
-        report(done / len(wanted))
+        tell = functools.partial(_tell, report, done / len(wanted), f"θ: {rule}")
+        lab.once(job.extra, spec, functools.partial(work, lab, spec, model, tell))
 
 
-def _respond(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
+def _respond(lab: Lab, spec: Spec, model: Callable, tell: Callable[[], None], _: Path) -> dict[str, Any]:
     """ids, facts, texts, tokens, execution_ratios of every response, the seconds that all took, and rows."""
     prepared, tokenizer = model()
+    tell()
     profile, theta = lab.profile, lab.theta(spec)
     set_threshold_if_routed(prepared, theta)
     asked = subset(lab.examples(spec["task"], profile.evaluated), profile.generation.prompts)
@@ -360,8 +377,9 @@ def _respond(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
     }
 
 
-def _read_routes(lab: Lab, spec: Spec, model: Callable, _: Path) -> dict[str, Any]:
+def _read_routes(lab: Lab, spec: Spec, model: Callable, tell: Callable[[], None], _: Path) -> dict[str, Any]:
     prepared, tokenizer = model()
+    tell()
     set_threshold(prepared, lab.theta(spec))
     asked = subset(lab.examples(spec["task"], lab.profile.evaluated), lab.profile.generation.prompts)
     routes = token_routes.read_routes(prepared, tokenizer, asked, **fitting(lab))

@@ -32,6 +32,7 @@ from qtale_lib.data import Example, load_task, subset
 from qtale_lib.data.encoding import IGNORED, collate, encode_all
 from qtale_lib.errors import UserError
 from qtale_lib.probes import ProbeCallback
+from qtale_lib.provenance import memory_in_use
 from qtale_lib.trainer import Objective, RoutedTrainer, add_lora, is_router, only_noise
 
 __all__ = ["Objective", "RoutedTrainer", "add_lora", "finetune", "prepare_model", "train_rows"]
@@ -50,14 +51,14 @@ def finetune(
     method: str,
     seed: int,
     directory: Path,
-    progress: Callable[[float], None] | None = None,
+    progress: Callable[[float, str], None] | None = None,
     examples: Sequence[Example] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune and save LoRA and routers to `directory`; a checkpoint found there is gone on from.
 
     Returns history (one entry per logged point), probes, rows {used, dropped, cut}, steps, epochs, the number
     of trainable parameters and seconds (all of training, and those in probes). progress gets the share
-    done; examples default to the profile's training rows.
+    done and where it is; examples default to the profile's training rows.
     Raises UserError if training diverges or no row fits.
     """
     model, tokenizer = load_base(profile)
@@ -226,12 +227,25 @@ def _outcome(trainer: RoutedTrainer, counts: dict[str, int]) -> dict[str, Any]:
 
 
 class ProgressCallback(TrainerCallback):
-    """Reports the share of steps done about a hundred times a run."""
+    """Reports the share of steps done and where training is, as often as Trainer logs."""
 
-    def __init__(self, report: Callable[[float], None]) -> None:
+    def __init__(self, report: Callable[[float, str], None]) -> None:
         self.report = report
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by Trainer after every optimizer step."""
-        if state.is_world_process_zero and state.global_step % max(1, state.max_steps // LOGGED_POINTS) == 0:
-            self.report(state.global_step / state.max_steps)
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Called by Trainer with the means since it logged last; at the very end, without the loss."""
+        if state.is_world_process_zero and "loss" in logs:
+            self.report(state.global_step / state.max_steps, where(state, logs))
+
+
+def where(state: Any, logs: dict[str, float]) -> str:
+    """Epoch, step, the loss (Eq. 8), R if there are routers, and the memory of this process."""
+    ratio = [f"R {logs['loss_ratio']:.3f}"] if "loss_ratio" in logs else []
+    epoch = f"epoch {state.epoch:.1f} of {state.num_train_epochs}"
+    step = f"step {state.global_step:,} of {state.max_steps:,}"
+    return ", ".join([epoch, step, f"loss {logs['loss']:.3f}", *ratio, in_use()])
+
+
+def in_use() -> str:
+    """The memory that this process, or its GPU, has in use."""
+    return f"{memory_in_use() / 2**30:.2f} GiB"

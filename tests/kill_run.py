@@ -33,6 +33,7 @@ from qtale_lib.store import file_digest, read_json
 MEASURED = {"seconds", "training_seconds", "probe_seconds", "peak_memory_bytes", "finished_at", "git_commit"}
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "shutil.rmtree"}
 MEMOS = ("base.json", "data.json")  # of hashes, in the order in which they were asked for
+KEPT_APART = {"locks", "logs"}
 BLOWS_A_RUN = 5  # at most, before it is let end
 
 
@@ -95,11 +96,11 @@ def ended(child: int) -> int:
 
 
 def everything(root: Path) -> dict[str, Any]:
-    """All that a run leaves, by name, without what is measured; hidden files and locks left out."""
+    """All that a run leaves, by name, without what is measured; hidden files, locks and logs left out."""
     found = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
-        if path.is_dir() or path.name.startswith(".") or "/locks/" in name or path.name in MEMOS:
+        if path.is_dir() or path.name.startswith(".") or path.name in MEMOS or KEPT_APART & set(path.parts):
             continue
         is_result = path.suffix == ".json" and path.parent.parent.name == "store"
         found[name] = unmeasured(read_json(path)) if is_result else file_digest(path)

@@ -5,41 +5,42 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from qtale_lib.config import Profile
 from qtale_lib.errors import UserError
 from qtale_lib.jobs import Run, all_jobs
 from qtale_lib.lab import Lab, run_spec
-from qtale_lib.pool import Outcome, PutOff, Task, Watcher, attempt, run_tasks
+from qtale_lib.log import logged
+from qtale_lib.pool import Outcome, PutOff, Report, Task, Watcher, attempt, run_tasks
 from qtale_lib.progress import PlainWatcher
 from qtale_lib.store import locked
 
 
-def note(path: Path, text: str, report: Callable[[float], None]) -> None:
+def note(path: Path, text: str, report: Report) -> None:
     """Write a line."""
-    report(0.5)
+    report(0.5, "half way")
     with path.open("a") as stream:
         stream.write(text + "\n")
 
 
-def fail(report: Callable[[float], None]) -> None:
+def fail(report: Report) -> None:
     """Fail as a bug does."""
     raise ValueError("no good")
 
 
-def refuse(report: Callable[[float], None]) -> None:
+def refuse(report: Report) -> None:
     """Fail as a user's mistake does."""
     raise UserError("do this instead")
 
 
-def die(report: Callable[[float], None]) -> None:
+def die(report: Report) -> None:
     """Be killed."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_first(path: Path, report: Callable[[float], None]) -> str:
+def die_first(path: Path, report: Report) -> str:
     """Write a line and be killed; the second time, do it and say so."""
     first = not path.exists()
     note(path, "x", report)
@@ -55,6 +56,13 @@ def hold(path: Path, held) -> None:
         time.sleep(60)
 
 
+def hold_log(directory: Path, held) -> None:
+    """Be at work, by a log, for a minute."""
+    with logged(directory):
+        held.set()
+        time.sleep(60)
+
+
 def hold_until_noted(path: Path, held, log: Path, text: str) -> None:
     """Keep a lock until a line was written."""
     with locked(path):
@@ -63,7 +71,7 @@ def hold_until_noted(path: Path, held, log: Path, text: str) -> None:
             time.sleep(0.05)
 
 
-def note_if_free(lock: Path, path: Path, text: str, report: Callable[[float], None]) -> None:
+def note_if_free(lock: Path, path: Path, text: str, report: Report) -> None:
     """Write a line, or leave it for later while another process holds the lock."""
     with locked(lock, 0.2) as held:
         if not held:
@@ -77,7 +85,7 @@ def take_part(folder: Path, names: str, who: str) -> None:
     run_tasks(tasks, [{}], PlainWatcher(tasks, 1))
 
 
-def once_among_processes(folder: Path, name: str, who: str, report: Callable[[float], None]) -> None:
+def once_among_processes(folder: Path, name: str, who: str, report: Report) -> None:
     """What a job of the lab does: nothing if it is done, nothing yet if another process is at it."""
     with locked(folder / f"{name}.lock", 0.1) as held:
         if not held:
@@ -112,7 +120,7 @@ def run_here(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: Wa
             outcomes[task.name] = Outcome(task.name, "skipped")
             continue
         try:
-            task.work(*task.arguments, lambda share: None)
+            task.work(*task.arguments, lambda *done: None)
             outcomes[task.name] = Outcome(task.name, "done")
         except UserError as error:
             outcomes[task.name] = Outcome(task.name, "failed", error=str(error), refused=True)
@@ -124,7 +132,7 @@ def attempt_here(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher
     outcomes: dict[str, Outcome] = {}
     for task in tasks:
         lost = any(outcomes[name].status != "done" for name in task.after if name in outcomes)
-        status, rest = ("skipped", ()) if lost else attempt(task.work, task.arguments, lambda share: None)
+        status, rest = ("skipped", ()) if lost else attempt(task.work, task.arguments, lambda *done: None)
         outcomes[task.name] = Outcome(task.name, status, 0.0, *rest)
     return list(outcomes.values())
 
@@ -133,4 +141,4 @@ def perform_on_cluster(*arguments) -> None:
     """A job of qtale_lib.cluster, in a process of its own."""
     from qtale_lib.cluster import _perform
 
-    _perform(*arguments, lambda share: None)
+    _perform(*arguments, lambda *done: None)

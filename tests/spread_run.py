@@ -28,7 +28,7 @@ COUNT = 22  # of no effective batch a multiple
 
 def finetune_into_store(settings: Profile, root: Path, run: Run) -> dict[str, Any]:
     """A fine-tuning as the store's job does it."""
-    return stages.finetune_run(Lab(settings, root), run, lambda share: None)["value"]
+    return stages.finetune_run(Lab(settings, root), run, lambda *done: None)["value"]
 
 
 class Tokenizer:

@@ -99,7 +99,7 @@ def test_a_job_away_from_the_store_brings_the_same_results(tmp_path, monkeypatch
     root = lab.directory.parent if shared else tmp_path / "nowhere"
     seen = []
 
-    def report(share: float) -> None:
+    def report(*_: object) -> None:
         places = [lab.directory, tmp_path / "temporary"]
         seen.append([any(place.rglob("scratch/*/*/store")) for place in places])
 
@@ -131,7 +131,7 @@ def test_a_job_goes_on_from_what_a_killed_worker_left(tmp_path, base):
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
     shares = []
-    cluster._take(lab, Job(RUN), cluster._perform(*arguments, shares.append))
+    cluster._take(lab, Job(RUN), cluster._perform(*arguments, lambda share, note: shares.append(share)))
     assert shares[0] > 5 / 60 and lab.result("finetune", **lab_module.run_spec(RUN))["value"]["steps"] == 60
 
 
@@ -180,13 +180,13 @@ class Told:
     def __init__(self) -> None:
         self.begun: list[str] = []
         self.again: list[str] = []
-        self.shares: list[tuple[str, float]] = []
+        self.reports: list[tuple[str, float, str]] = []
 
     def started(self, task: Task) -> None:
         self.begun.append(task.name)
 
-    def progressed(self, task: Task, fraction: float) -> None:
-        self.shares.append((task.name, fraction))
+    def progressed(self, task: Task, fraction: float, note: str = "") -> None:
+        self.reports.append((task.name, fraction, note))
 
     def restarted(self, task: Task, reason: str) -> None:
         self.again.append(task.name)
@@ -243,7 +243,7 @@ def test_a_task_that_dies_is_done_again_and_one_that_fails_is_not(two_nodes, tmp
     assert "ValueError: no good" in outcomes["fails"].error and "Traceback" in outcomes["fails"].detail
     assert (outcomes["refuses"].error, outcomes["refuses"].refused) == ("do this instead", True)
     assert "4 times" in outcomes["dies"].error
-    assert ("recovers", 0.5) in watcher.shares  # shares of what ends at once may not be seen
+    assert ("recovers", 0.5, "half way") in watcher.reports  # those of what ends at once may not be seen
 
 
 @pytest.mark.slow

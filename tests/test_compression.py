@@ -24,7 +24,7 @@ def base(tmp_path_factory):
 def trained(base, tmp_path_factory):
     """A store with one fine-tuning."""
     root = tmp_path_factory.mktemp("results")
-    stages.finetune_run(lab_of(base, root), RUN, lambda _: None)
+    stages.finetune_run(lab_of(base, root), RUN, lambda *_: None)
     return root
 
 
@@ -35,7 +35,7 @@ def lab_of(base, root, **changes) -> Lab:
 
 
 def evaluated(lab: Lab, bits: int) -> dict:
-    stages.evaluate_run(lab, RUN, bits, lambda _: None)
+    stages.evaluate_run(lab, RUN, bits, lambda *_: None)
     return lab.result("evaluation", **run_spec(RUN, bits=bits, theta="none"))
 
 

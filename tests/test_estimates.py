@@ -188,7 +188,7 @@ from qtale_lib.jobs import Job, Run
 from qtale_lib.lab import Lab, run_spec
 lab = Lab(load_profile(sys.argv[1], **json.loads(sys.argv[2])), Path(sys.argv[3]))
 run, bits = Run(lab.profile.tasks[0], "qtale", 0), json.loads(sys.argv[4])
-stages.perform(lab, Job(run, bits), lambda share: None)
+stages.perform(lab, Job(run, bits), lambda *done: None)
 kinds = ["evaluation", "threshold", "quantization"] if bits else ["finetune"]
 peaks = {r["kind"]: r["provenance"]["peak_memory_bytes"] for r in lab.stored([Job(run, bits)], kinds)}
 print(json.dumps(peaks))

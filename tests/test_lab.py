@@ -37,9 +37,8 @@ from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run
 from qtale_lib.lab import Lab
 from qtale_lib.machine import Gpu, Machine
-from qtale_lib.pool import Outcome, Task, run_tasks
+from qtale_lib.pool import Task, run_tasks
 from qtale_lib.preflight import check
-from qtale_lib.progress import Forecast, PlainWatcher
 from qtale_lib.provenance import Stopwatch
 from qtale_lib.store import Store, digest, locked, read_json, write_json
 
@@ -129,16 +128,16 @@ def test_a_lock_dies_with_its_owner(tmp_path):
 
 class Silent:
     def __init__(self):
-        self.begun, self.shares = [], []
+        self.begun, self.reports = [], []
 
     def started(self, task):
         self.begun.append(task.name)
 
-    def progressed(self, task, fraction):
-        self.shares.append((task.name, fraction))
+    def progressed(self, task, fraction, note):
+        self.reports.append((task.name, fraction, note))
 
     def put_off(self, task):
-        self.shares.append((task.name, None))
+        self.reports.append((task.name, None))
 
     def ended(self, task, outcome): ...
 
@@ -165,7 +164,7 @@ def test_a_failing_and_a_killed_task_take_only_what_builds_on_them(tmp_path):
     assert (outcomes["refuses"].error, outcomes["refuses"].detail) == ("do this instead", "")
     assert [name for name, outcome in outcomes.items() if outcome.refused] == ["refuses"]
     assert "-9" in outcomes["dies"].error
-    assert ("first", 0.5) in watcher.shares
+    assert ("first", 0.5, "half way") in watcher.reports
 
 
 def test_the_longest_ready_task_goes_first(tmp_path):
@@ -192,7 +191,7 @@ def test_a_task_that_another_process_is_at_comes_last_and_is_done_when_that_is_o
     outcomes = run_tasks(tasks, TWO[:1], watcher)
     assert [outcome.status for outcome in outcomes] == ["done"] * 5
     assert log.read_text().split() == ["a", "b", "c", "held", "child"]
-    assert watcher.begun[:4] == ["held", "a", "b", "c"] and ("held", None) in watcher.shares
+    assert watcher.begun[:4] == ["held", "a", "b", "c"] and ("held", None) in watcher.reports
     assert watcher.begun[-2:] == ["held", "child"]
 
 
@@ -234,39 +233,6 @@ def test_peak_memory_counts_from_the_start_of_the_work():
     assert grown - before > 48 * 2**20
     del ballast
     assert sys.platform != "linux" or Stopwatch().provenance()["peak_memory_bytes"] < grown - 32 * 2**20
-
-
-def test_the_forecast_learns_what_a_unit_of_cost_takes():
-    class Done:
-        status, seconds = "done", 20.0
-
-    tasks = [Task(name, fail, cost=10) for name in "abcd"]
-    forecast = Forecast(tasks, workers=2)
-    assert forecast.seconds() == 20
-    forecast.ended(tasks[0], Done)
-    forecast.progressed(tasks[1], 0.5)
-    assert forecast.seconds() == 2 * 25 / 2
-
-
-def test_plain_progress_says_once_that_another_process_is_at_a_task(capsys):
-    task = Task("a", fail)
-    with PlainWatcher([task], 1) as watcher:
-        watcher.put_off(task)
-        watcher.put_off(task)
-        watcher.ended(task, Outcome("a", "done", 1.0))
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "a: another process is at it; it comes last here", "[1/1] a: 1 s",
-    ]  # fmt: skip
-
-
-def test_plain_progress_says_what_ended_and_what_is_left(capsys):
-    tasks = [Task(name, fail, cost=10) for name in "ab"]
-    with PlainWatcher(tasks, 1) as watcher:
-        watcher.ended(tasks[0], Outcome("a", "done", 65.0))
-        watcher.ended(tasks[1], Outcome("b", "failed", 1.0, "no good"))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "2 jobs, 1 at a time"
-    assert lines[1:] == ["[1/2] a: 1 min 05 s; about 1 min 05 s left", "[2/2] b: FAILED, no good"]
 
 
 # Which jobs a notebook needs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -108,10 +109,12 @@ def test_a_fine_tuning_in_two_processes_leaves_the_files_and_the_record_of_one(t
     settings = {"lora": {"dropout": 0.0}, "training": recipe, "methods": ["qtale"], "max_length": 40}
     compute = {"processes": 2, "gradient_checkpointing": True, "sharding": sharding}
     one = finetune(profile(base, **settings), "arc_easy", "qtale", 0, tmp_path / "one")
-    shares = []
+    reports = []
     spread_over = profile(base, compute=compute, **settings)
-    two = distributed.finetune(spread_over, "arc_easy", "qtale", 0, tmp_path / "two", shares.append)
-    assert one.keys() == two.keys() and shares[-1] == 1.0
+    asked = ("arc_easy", "qtale", 0, tmp_path / "two")
+    two = distributed.finetune(spread_over, *asked, lambda *done: reports.append(done))
+    assert one.keys() == two.keys() and reports[-1][0] == 1.0
+    assert re.match(r"epoch 2.0 of 2, step 6 of 6, loss [\d.]+, R 0\.\d+, ", reports[-1][1])
     assert [one[key] for key in ("rows", "steps", "epochs", "trainable_parameters")] == [
         two[key] for key in ("rows", "steps", "epochs", "trainable_parameters")
     ]
@@ -159,7 +162,7 @@ def test_divergence_in_two_processes_is_told_once(tmp_path):
     recipe = {"lr": 1e30, "warmup_fraction": 0.0, "save_steps": None}
     settings = profile(base, methods=["full"], max_length=40, training=recipe, **TWO)
     with pytest.raises(UserError, match=r"^Training diverged at step \d: .* in layer 0; lower training.lr"):
-        distributed.finetune(settings, "arc_easy", "full", 0, tmp_path / "run", lambda share: None)
+        distributed.finetune(settings, "arc_easy", "full", 0, tmp_path / "run", lambda *done: None)
     assert not (tmp_path / "run" / "processes").exists()
 
 

@@ -367,12 +367,12 @@ def test_a_large_base_goes_from_files_to_files_and_its_results_are_those_of_memo
     chosen = profile(save_base(tmp_path / "base"), tasks=["arc_easy"], methods=["qtale"], bits=[3])
     asked = Run("arc_easy", "qtale", 0)
     memory, files = (Lab(chosen, tmp_path / name) for name in ("memory", "files"))
-    stages.finetune_run(memory, asked, lambda _: None)
+    stages.finetune_run(memory, asked, lambda *_: None)
     shutil.copytree(memory.directory, files.directory)
-    stages.evaluate_run(memory, asked, 3, lambda _: None)
+    stages.evaluate_run(memory, asked, 3, lambda *_: None)
     monkeypatch.setattr(stages, "STREAMED_FROM", memory.model_bytes())
     monkeypatch.setattr(stages, "quantize", None)
-    stages.evaluate_run(files, asked, 3, lambda _: None)
+    stages.evaluate_run(files, asked, 3, lambda *_: None)
     for kind, more in (("quantization", {}), ("threshold", {}), ("evaluation", {"theta": "searched"})):
         found, expected = (lab.result(kind, **run_spec(asked, bits=3, **more)) for lab in (files, memory))
         assert found["key"] == expected["key"]
@@ -392,7 +392,7 @@ def test_a_large_base_goes_from_files_to_files_and_its_results_are_those_of_memo
 def test_autoawq_cannot_quantize_a_large_base(tmp_path, monkeypatch):
     chosen = profile(save_base(tmp_path / "base"), quantization={"backend": "autoawq"})
     asked, lab = Run("arc_easy", "full", 0), Lab(chosen, tmp_path)
-    stages.finetune_run(lab, asked, lambda _: None)
+    stages.finetune_run(lab, asked, lambda *_: None)
     monkeypatch.setattr(stages, "STREAMED_FROM", 0)
     with pytest.raises(UserError, match=r"backend .* must be native"):
         stages.prepared_model(lab, asked, 4)

@@ -232,10 +232,14 @@ def test_training_is_reproducible_and_depends_on_the_seed(tmp_path):
 def test_finetune_leaves_a_model_that_loads_and_a_record(tmp_path):
     base = save_base(tmp_path / "base")
     settings = profile(base, overlong="drop", max_length=40)
-    shares = []
+    reports = []
     examples = load_task("arc_easy", "train")[:24]
-    outcome = finetune(settings, "arc_easy", "qtale", 0, tmp_path / "run", shares.append, examples)
-    assert outcome["steps"] == 6 and shares[-1] == 1.0
+    asked = ("arc_easy", "qtale", 0, tmp_path / "run")
+    outcome = finetune(settings, *asked, lambda *done: reports.append(done), examples)
+    assert outcome["steps"] == 6 and [share for share, _ in reports] == [step / 6 for step in range(1, 7)]
+    for (_, note), entry in zip(reports, outcome["history"], strict=True):
+        known = f"step {entry['step']} of 6, loss {entry['loss']:.3f}, R {entry['loss_ratio']:.3f}, "
+        assert note.startswith(f"epoch {entry['epoch']:.1f} of 2, {known}") and note.endswith(" GiB")
     assert sum(outcome["rows"][k] for k in ("used", "dropped")) == 24
     assert [probe["epoch"] for probe in outcome["probes"]][:2] == [0, 1]
     assert outcome["trainable_parameters"] == 4 * 8 * (3 * 32 + 32 + 2 * 16) + 2 * (

@@ -18,6 +18,7 @@ from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run
 from qtale_lib.lab import Lab
 from qtale_lib.pool import Outcome
+from qtale_lib.progress import short
 from qtale_lib.store import replaced
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -91,10 +92,6 @@ def show_beside(title: str, values: dict[str, Any], others: dict[str, Any]) -> N
 
 def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def failure(lab: Lab, failed: list[Outcome]) -> typer.Exit:

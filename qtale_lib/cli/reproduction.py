@@ -16,8 +16,9 @@ from qtale_lib.cli.common import DataDirectory, ProfileName, app, failure, remov
 from qtale_lib.cluster import compute as compute_on_cluster
 from qtale_lib.config import load_profile
 from qtale_lib.errors import UserError
-from qtale_lib.jobs import Job, all_jobs, needs
+from qtale_lib.jobs import Job, all_jobs, wanted_by
 from qtale_lib.lab import Lab
+from qtale_lib.log import logged, path_in
 from qtale_lib.notebooks import AT_ONCE, Executions, as_task, choose
 from qtale_lib.pool import Outcome
 from qtale_lib.preflight import check
@@ -44,18 +45,19 @@ def run(
     given = {"data_dir": data_dir and str(data_dir.resolve()), "seeds": seeds}
     overrides = {name: value for name, value in given.items() if value is not None}
     lab, books = Lab(load_profile(profile, **overrides)), choose(only)
-    wanted = list(dict.fromkeys(job for book in books for job in needs(lab.profile, book.name)))
+    wanted = wanted_by(lab.profile, [book.name for book in books])
     parameters = {name.upper(): value for name, value in {"profile": portable(profile), **overrides}.items()}
     if fresh:
         _forget(Executions(lab, parameters), wanted, None if only is None else books)
         lab = Lab(lab.profile)
     try:
-        clock = Stopclock()
-        outcomes = _compute(lab, wanted, clock, cluster)
-        executions = Executions(lab, parameters)
-        outcomes += _compute_studies(executions, books, clock)
-        outcomes += execute(executions, books, clock)
-        outcomes += _write_report(lab, clock)
+        with logged(lab.directory) as log:
+            clock = Stopclock(log)
+            outcomes = _compute(lab, wanted, clock, cluster)
+            executions = Executions(lab, parameters)
+            outcomes += _compute_studies(executions, books, clock)
+            outcomes += execute(executions, books, clock)
+            outcomes += _write_report(lab, clock)
     except KeyboardInterrupt:
         typer.echo(f"Stopped. The same command{' without --fresh' * fresh} goes on from here.", err=True)
         raise typer.Exit(130) from None
@@ -111,7 +113,7 @@ def execute(executions: Executions, books: list[Path], clock: Stopclock) -> list
     outcomes = _bench_if_missing(executions.lab, clock) if _shows_bench(books) else []
     stale = executions.stale(books)
     if stale:
-        with watcher([as_task(book) for book in stale], AT_ONCE) as watching:
+        with watcher([as_task(book) for book in stale], AT_ONCE, executions.lab.directory) as watching:
             outcomes += executions.execute(stale, watching)
     clock.lap("notebooks", f"{len(stale)} executed, {len(books) - len(stale)} up to date")
     return outcomes
@@ -159,6 +161,7 @@ def finish(lab: Lab, outcomes: list[Outcome], clock: Stopclock) -> None:
         console.print(f"{stage:<10} {span(seconds):>12}   {note}", markup=False)
     console.print(f"tables and executed notebooks: {short(lab.directory)}", markup=False)
     console.print(f"figures: {short(lab.figures)}", markup=False)
+    console.print(f"log: {short(path_in(lab.directory))}", markup=False)
     failed = [outcome for outcome in outcomes if outcome.status != "done"]
     for outcome in failed:
         console.print(f"{outcome.status.upper()} {outcome.name}: {outcome.error}", style="red", markup=False)

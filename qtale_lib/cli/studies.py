@@ -14,6 +14,7 @@ from qtale_lib.cli.reproduction import execute, finish, portable
 from qtale_lib.config import load_profile
 from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
+from qtale_lib.log import logged
 from qtale_lib.notebooks import Executions, choose
 from qtale_lib.progress import Stopclock
 
@@ -36,12 +37,14 @@ def study(
     name: Annotated[str, typer.Argument(help="A shipped study's name, or a YAML file.")],
 ) -> None:
     """Compute what is missing of a study, then execute its notebook; the YAML says how long it takes."""
-    clock, asked = Stopclock(), studies.find(name)
+    asked = studies.find(name)
     executions = Executions(asked.labs[0], {"PROFILE": portable(str(asked.path))})
     try:
-        outcomes = asked.compute()
-        clock.lap("runs", f"{len(outcomes)} jobs")
-        outcomes += execute(executions, choose(asked.plan.notebook), clock)
+        with logged(executions.lab.directory) as log:
+            clock = Stopclock(log)
+            outcomes = asked.compute()
+            clock.lap("runs", f"{len(outcomes)} jobs")
+            outcomes += execute(executions, choose(asked.plan.notebook), clock)
     except KeyboardInterrupt:
         typer.echo("Stopped. The same command goes on from here.", err=True)
         raise typer.Exit(130) from None

@@ -19,7 +19,7 @@ notebooks and writes the report. What is there already is not computed again; a 
               those notebooks show
 
 Results go to results/<profile>, the report to results/<profile>/report, logs to results/<profile>/logs, figures to
-figures/<profile>.
+figures/<profile>. While it runs, "python -m qtale_lib status --profile NAME" tells how far it is, from another terminal.
 From outside: PYTHON, QTALE_TORCH_INDEX (set-up), QTALE_DATA_DIR, QTALE_MODELS_DIR.
 HELP
       exit 0

@@ -316,7 +316,10 @@ class Lab:
 
     def seems_done(self, job: Job) -> bool:
         """The same at a glance: results are looked for, and not read whole."""
-        addresses = [self.address(kind, spec) for kind, spec in self._results_of(job)]
+        results = self._results_of(job)
+        if not all(self.store.holds(kind) for kind, _ in results):  # as in `find`
+            return False
+        addresses = (self.address(kind, spec) for kind, spec in results)
         return all(address and self.store.has(*address) for address in addresses)
 
     def stored(self, wanted: Iterable[Job], kinds: Iterable[str]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from qtale_lib.errors import UserError
 from qtale_lib.jobs import all_jobs
 from qtale_lib.lab import Lab
 from qtale_lib.pool import Outcome
-from qtale_lib.progress import PlainWatcher, Stopclock, span
+from qtale_lib.progress import PlainWatcher, Stopclock
 from qtale_lib.provenance import ROOT
 from qtale_lib.store import discard
 
@@ -165,11 +165,6 @@ def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
     assert list((tmp_path / "link").iterdir()) == [] and (tmp_path / "link").is_symlink()
 
 
-def test_status_counts_what_is_there(tmp_path):
-    done = qtale("status", "--profile", "smoke", QTALE_RESULTS_DIR=str(tmp_path))
-    assert done.returncode == 0 and "fine-tunings         0 of 6" in done.stdout
-
-
 def test_notebooks_are_chosen_by_number_and_the_scoreboard_goes_last():
     assert [path.name[:2] for path in notebooks.choose("5, 00,03")] == ["03", "05", "00"]
     assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 14
@@ -184,13 +179,6 @@ def test_what_is_no_number_of_a_notebook_is_refused(only):
     assert str(refused.value) == (
         f'--only (= "{only}") must be numbers with commas between them, such as 03,05.'
     )
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.7, "1 min 00 s"), (185, "3 min 05 s"), (4800, "1 h 20 min")]
-)
-def test_spans_read_as_people_say_them(seconds, text):
-    assert span(seconds) == text
 
 
 @pytest.fixture

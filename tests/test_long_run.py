@@ -11,8 +11,10 @@ import pytest
 from small_run import profile, save_base
 
 from qtale_lib import lab as lab_module
+from qtale_lib import status
 from qtale_lib.jobs import all_jobs, evaluation_specs, rules, runs
 from qtale_lib.lab import Lab, run_spec
+from qtale_lib.log import logged
 from qtale_lib.store import Store
 
 MANY, BATCH = 2000, 200
@@ -72,9 +74,19 @@ def test_a_status_reads_the_heads_of_results_only(lab: Lab, monkeypatch):
     monkeypatch.setattr(
         lab_module.Store, "get", lambda self, *address: whole.append(address[0]) or original(self, *address)
     )
+    with logged(again.directory) as log:
+        for percent in range(100):
+            for job in all_jobs(again.profile):
+                log.write("at", job.name, f"{percent} %, epoch 1.0 of 10, loss 1.0, R 0.6, 0.61 GiB")
+    started = time.process_time()
+    lines = status.describe([again])
+    assert time.process_time() - started < 3  # about 1
     whole_runs = MANY // len(rules(lab.profile, "qtale"))
-    done = sum(map(again.seems_done, all_jobs(again.profile)))
-    assert done == whole_runs + (whole_runs + 1)  # evaluations of a run make one job; a fine-tuning is more
+    # the evaluations of a run make one job; a fine-tuning is more
+    assert lines[:2] == [
+        f"fine-tunings         {whole_runs + 1} of 6",
+        f"results at 16 bit    {whole_runs} of 6",
+    ]
     assert "evaluation" not in whole
 
 

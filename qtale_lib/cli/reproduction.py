@@ -11,18 +11,19 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qtale_lib import benchmark_report
+from qtale_lib import benchmark_report, studies
 from qtale_lib.cli.common import DataDirectory, ProfileName, app, failure, removing, short
 from qtale_lib.cluster import compute as compute_on_cluster
 from qtale_lib.config import load_profile
 from qtale_lib.errors import UserError
-from qtale_lib.jobs import Job, all_jobs, wanted_by
+from qtale_lib.jobs import Job, wanted_by
 from qtale_lib.lab import Lab
 from qtale_lib.log import logged, path_in
 from qtale_lib.notebooks import AT_ONCE, Executions, as_task, choose
 from qtale_lib.pool import Outcome
 from qtale_lib.preflight import check
 from qtale_lib.progress import Stopclock, span, watcher
+from qtale_lib.status import describe as describe_status
 from qtale_lib.store import discard, locked
 
 FRESH = (
@@ -186,12 +187,6 @@ def doctor(profile: ProfileName = "tiny", data_dir: DataDirectory = None) -> Non
 
 @app.command()
 def status(profile: ProfileName = "tiny") -> None:
-    """What of a profile is in the store."""
-    lab = Lab(profile)
-    jobs = all_jobs(lab.profile)
-    for label, chosen in (
-        ("fine-tunings", [job for job in jobs if job.bits is None]),
-        *((f"results at {bits} bit", [job for job in jobs if job.bits == bits]) for bits in lab.profile.bits),
-    ):
-        typer.echo(f"{label:<20} {sum(map(lab.seems_done, chosen))} of {len(chosen)}")
-    typer.echo(f"store: {short(lab.store.root)}")
+    """How far a profile or study is, what runs now or ran last, and where its results lie."""
+    for line in describe_status(studies.labs(profile)):
+        typer.echo(line)

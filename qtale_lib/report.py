@@ -32,7 +32,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 
-from qtale_lib import exporting, origins
+from qtale_lib import exporting, origins, report_stamp
 from qtale_lib.claim_tables import scoreboard
 from qtale_lib.claims import tally
 from qtale_lib.errors import UserError
@@ -41,7 +41,7 @@ from qtale_lib.lab import Lab
 from qtale_lib.notebooks import choose
 from qtale_lib.provenance import git_commit
 
-TEMPLATES = Path(__file__).with_name("report_templates")
+TEMPLATES = report_stamp.TEMPLATES
 FILE_TYPES = ("pdf", "svg", "csv", "tex", "md")
 SHOWN_TYPES = ["text/markdown", "image/png", "text/plain"]
 FOLD_FROM = 40  # rows of a table
@@ -76,9 +76,9 @@ def build(lab: Lab) -> Path:
             f"No notebook has been executed for profile {lab.profile.name} yet; "
             f"run `python -m qtale_lib run --profile {lab.profile.name}` first."
         )
+    inputs, folder = report_stamp.made_from(lab), report_stamp.folder(lab)
     told = cache(lambda job: list(map(origins.told, lab.stored([job], origins.KINDS))))
     books = sorted((_book(lab, path, told) for path in sources), key=lambda book: book.number)
-    folder = lab.directory / "report"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "notebooks").mkdir(parents=True)
     (folder / "files").mkdir()
@@ -94,6 +94,7 @@ def build(lab: Lab) -> Path:
         profile=lab.profile.name, facts=_facts(lab), board=_board(lab), books=books
     )
     (folder / "index.html").write_text(index, encoding="utf-8")
+    report_stamp.stamp(lab, inputs)
     return folder / "index.html"
 
 

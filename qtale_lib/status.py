@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from datetime import UTC, datetime
 
-from qtale_lib import log
+from qtale_lib import log, report_stamp
 from qtale_lib.jobs import Job, all_jobs, wanted_by
 from qtale_lib.lab import Lab
 from qtale_lib.log import Told
@@ -20,7 +20,7 @@ def describe(labs: list[Lab]) -> list[str]:
     for told in log.tell(lab.directory):
         lines += at_work(told) if told.alive else [ended(told)]
         lines.append(f"log: {short(told.path)}")
-    page = lab.directory / "report" / "index.html"
+    page = report_stamp.folder(lab) / "index.html"
     lines.append(f"report: {short(page)}{'' if page.is_file() else ', not written yet'}")
     return [*lines, f"figures: {short(lab.figures)}", f"store: {short(lab.store.root)}"]
 

@@ -19,8 +19,9 @@ from qtale_lib import publishing
 from qtale_lib.benchmark import seconds
 from qtale_lib.benchmark_work import evaluation_times
 from qtale_lib.config import load_profile
-from qtale_lib.jobs import RULES
+from qtale_lib.jobs import RULES, wanted_by
 from qtale_lib.lab import Lab
+from qtale_lib.log import read
 from qtale_lib.provenance import ROOT
 
 TOKENS = ("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
@@ -145,6 +146,18 @@ def test_again_it_computes_and_executes_nothing(lab, places):
     again = run(places)
     assert again.returncode == 0 and "0 jobs, 26 there already" in again.stdout
     assert f"0 executed, {len(NOTEBOOKS)} up to date" in again.stdout
+    assert re.search(r"^report +\d+ s   up to date: ", again.stdout, re.M)
+
+
+def test_every_call_leaves_a_log_that_says_all(first, lab):
+    (path, *_) = sorted(lab.directory.glob("logs/*.log"))
+    lines = read(path)
+    over = [line.name for line in lines if line.event == "over"]
+    assert {job.name for job in wanted_by(lab.profile, NOTEBOOKS)} | set(NOTEBOOKS) == set(over)
+    assert [line.name for line in lines if line.event == "stage"][-2:] == ["notebooks", "report"]
+    where = [line.text for line in lines if line.name == "fine-tune arc_easy.qtale.s0" and line.event == "at"]
+    assert len(where) == 24 and re.search(r"100 %, epoch 2.0 of 2, step 24 of 24, loss .*, R 0\.", where[-1])
+    assert lines[-1].text == "finished" and f"log: {path}" in first.stdout
 
 
 def test_scoring_by_a_trained_run_is_timed_dense_and_skipping(lab):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 
 import nbformat
 import pandas as pd
@@ -10,9 +11,11 @@ import pytest
 from small_run import profile
 from test_cli import qtale
 
-from qtale_lib import notebooks, report, tables
+from qtale_lib import notebooks, report, report_stamp, tables
+from qtale_lib.cli import reproduction
 from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
+from qtale_lib.progress import Stopclock
 
 HOSTILE = "<script>alert(1)</script>"
 DOT = base64.b64decode(
@@ -96,3 +99,53 @@ def test_nothing_from_a_notebook_is_run(lab):
         assert 'href="javascript' not in text and "example.org" not in text
         assert text.count("&lt;script&gt;alert(1)") >= 6
         assert "default-src 'none'" in text
+
+
+def test_a_report_is_current_until_something_that_it_shows_or_is_made_by_changes(lab, monkeypatch):
+    assert not report_stamp.is_current(lab)
+    lab.figures.mkdir(parents=True)
+    (lab.figures / "figure_4_gumbel.csv").write_text("x\n1\n")
+    executed(lab)
+    index = report.build(lab)
+    assert report_stamp.is_current(lab)
+    copy = next((lab.directory / "notebooks").glob("*.ipynb"))
+    template = lab.directory / "template"
+    changes = {
+        "executed again": lambda: os.utime(copy),
+        "a figure came": lambda: (lab.figures / "figure_4_gumbel.png").write_bytes(DOT),
+        "a figure went": lambda: (lab.figures / "figure_4_gumbel.png").unlink(),
+        "a table came": lambda: lab.tables.mkdir() or (lab.tables / "table_1.md").write_text("x"),
+        "a page went": lambda: (index.parent / "notebooks" / f"{copy.stem}.html").unlink(),
+        "another template": lambda: template.mkdir() or (template / "x.css").write_text("a {}"),
+        "another commit": lambda: monkeypatch.setattr(report_stamp, "git_commit", lambda: "another"),
+        "killed before its end": (index.parent / report_stamp.STAMP).unlink,
+    }
+    monkeypatch.setattr(report_stamp, "TEMPLATES", template)
+    for what, change in changes.items():
+        report.build(lab)
+        assert report_stamp.is_current(lab), what
+        change()
+        assert not report_stamp.is_current(lab), what
+
+
+def test_what_changes_while_a_report_is_written_makes_it_stale(lab, monkeypatch):
+    executed(lab)
+    original = report._book
+
+    def meanwhile(*arguments):
+        executed(lab)
+        return original(*arguments)
+
+    monkeypatch.setattr(report, "_book", meanwhile)
+    report.build(lab)
+    assert not report_stamp.is_current(lab)
+
+
+def test_a_run_writes_the_report_once(lab, monkeypatch):
+    executed(lab)
+    first, again = Stopclock(), Stopclock()
+    assert reproduction._write_report(lab, first) == []
+    page = lab.directory / "report" / "index.html"
+    monkeypatch.setattr(report, "build", None)  # not called
+    assert reproduction._write_report(lab, again) == []
+    assert [note for _, _, note in (*first.stages, *again.stages)] == [str(page), f"up to date: {page}"]

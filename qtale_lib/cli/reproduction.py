@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qtale_lib import benchmark_report, studies
+from qtale_lib import benchmark_report, report_stamp, studies
 from qtale_lib.cli.common import DataDirectory, ProfileName, app, failure, removing, short
 from qtale_lib.cluster import compute as compute_on_cluster
 from qtale_lib.config import load_profile
@@ -42,7 +42,7 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help=FRESH)] = False,
     cluster: Annotated[str | None, typer.Option(help=CLUSTER)] = None,
 ) -> None:
-    """Compute what is missing, execute the notebooks that are not up to date, and write the report."""
+    """Compute what is missing, execute the notebooks that are not up to date, write their report."""
     given = {"data_dir": data_dir and str(data_dir.resolve()), "seeds": seeds}
     overrides = {name: value for name, value in given.items() if value is not None}
     lab, books = Lab(load_profile(profile, **overrides)), choose(only)
@@ -139,12 +139,15 @@ def _bench_if_missing(lab: Lab, clock: Stopclock) -> list[Outcome]:
 
 def _write_report(lab: Lab, clock: Stopclock) -> list[Outcome]:
     """Of all the profile's executed notebooks; alone at it, where several reproductions share results."""
-    from qtale_lib import report  # loads matplotlib and nbconvert
-
     started, note = time.monotonic(), "not written"
     try:
         with locked(lab.store.root / "locks" / "report"):
-            note = short(report.build(lab))
+            if report_stamp.is_current(lab):
+                note = f"up to date: {short(report_stamp.folder(lab) / 'index.html')}"
+            else:
+                from qtale_lib import report  # loads matplotlib and nbconvert
+
+                note = short(report.build(lab))
         return []
     except UserError as error:
         return [Outcome("report", "failed", time.monotonic() - started, str(error), refused=error.exit_code)]

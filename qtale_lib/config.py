@@ -46,6 +46,7 @@ EARLIER = {
     "alpaca": "original",
     "protocol": "likelihood",
     "training.noise": "stream",
+    "training.weight_bits": 16,
     "quantization.widths": "uniform",
     "pruning": {"weights": "none", "layers": "none"},
     "theta_aims": [],
@@ -128,6 +129,8 @@ class Training(Section):
     save_steps: optimizer steps between checkpoints from which a killed run goes on; null keeps none.
     noise: of the gates. "stream" draws it from one generator, batch after batch; "keyed" from seed, step,
         example and layer, so that it is the same however a batch is split, over processes too.
+    weight_bits: of the weights that the forward pass sees, merged with LoRA and rounded to nearest in groups
+        of group_size (quantization/aware.py); 16 trains the floats, to be quantized afterwards.
     """
 
     epochs: Count
@@ -148,6 +151,7 @@ class Training(Section):
     rate_loss: Literal["per_token", "mean"]
     tau: Positive
     noise: Literal["stream", "keyed"]
+    weight_bits: Bits
 
 
 class Compute(Section):

@@ -189,7 +189,8 @@ def expected_seconds(profile: Profile, job: Job) -> float:
         recipe = profile.training
         rows = min(profile.limit.train or 1000, 1000)
         steps = profile.max_steps or recipe.epochs * rows / (recipe.batch_size * recipe.gradient_accumulation)
-        return 4.0 + routed * 0.007 * steps * recipe.batch_size * recipe.gradient_accumulation
+        rounded = 1.6 if recipe.weight_bits < 16 else 1.0
+        return 4.0 + routed * rounded * 0.007 * steps * recipe.batch_size * recipe.gradient_accumulation
     searching = 8.0 if job.run.routed else 0.0
     scoring = 0.004 * (profile.limit.test or 1000) * len(rules(profile, job.run.method))
     return 3.0 + searching + scoring + (3.0 if job.bits < 16 else 0.0)

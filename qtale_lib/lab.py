@@ -156,6 +156,11 @@ class Lab:
         everything = self.profile.model_dump(mode="json")
         if kind == "finetune":
             kept = without_earlier({name: everything[name] for name in FINETUNING})
+            if self.profile.training.weight_bits < 16:
+                kept |= {
+                    "group_size": self.profile.group_size,
+                    "lm_head_bits": self.profile.quantization.lm_head_bits,
+                }
             return _finetune_settings(kept, spec["method"])
         names = list(ENCODING)
         names += QUANTIZING if spec["bits"] < 16 else ()

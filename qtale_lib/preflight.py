@@ -166,7 +166,7 @@ def check_settings(
     if any(job.run.method != "full" for job in jobs) and profile.routing.always_run_layers >= layers:
         complaint = f"leaves none of the base's {layers} layers to route; lower it to at most {layers - 1}"
         raise profile.refusal("routing.always_run_layers", complaint)
-    if any(job.bits and job.bits < 16 for job in jobs):
+    if profile.training.weight_bits < 16 or any(job.bits and job.bits < 16 for job in jobs):
         _check_group_size(profile, config)
     _check_lora(profile, shapes)
     _check_compression(profile, layers, jobs)

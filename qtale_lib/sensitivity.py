@@ -25,6 +25,9 @@ from qtale_lib.sweep import Setting
 from qtale_lib.tables import Table, number, with_interval
 
 AIMS = "theta_aims"  # rules for θ beside the search; theirs is another question (theta_aims.py)
+AWARE = (
+    "training.weight_bits"  # each judged at the width that it was trained for, the others at the fewest bits
+)
 COST = "training.rate_target"  # buys accuracy for FLOPs: notebook 08 compares its values, at equal FLOPs
 EFFECTS = ("factor", "value", "default", "method", "bits", "R", "loss_R", "R_change",
            "effect", "low", "high", "tasks", "seeds")  # fmt: skip
@@ -34,6 +37,7 @@ LABELS = {
     "training.tau": "τ",
     "training.rate_target": "R target",
     "training.rate_loss": "rate loss",
+    "training.weight_bits": "bits of weights in training",
     "routing.hidden": "router width",
     "quantization.calibration_texts": "texts of the quantizer",
     "calibration.questions": "questions of the θ search",
@@ -137,7 +141,7 @@ def _place(value: str) -> tuple[float, str]:
 
 
 def claims_of(study: Study) -> list[Claim]:
-    """One per value tried, but for COST and AIMS: at the fewest bits, mean over the methods that have it."""
+    """One per value tried, but for COST and AIMS: at judged_bits, mean over the methods that have it."""
     return [
         _claim(study, setting, store)
         for setting, store in study.measured
@@ -145,8 +149,13 @@ def claims_of(study: Study) -> list[Claim]:
     ]
 
 
+def judged_bits(setting: Setting) -> int:
+    """The width at which a value is judged: what it was trained for (AWARE), else the fewest bits."""
+    return setting.value if setting.factor == AWARE else min(setting.profile.bits)
+
+
 def _claim(study: Study, setting: Setting, store: Measurements) -> Claim:
-    metric, bits = stated().metrics["csqa"], min(store.profile.bits)
+    metric, bits = stated().metrics["csqa"], judged_bits(setting)
     methods = [method for method in store.profile.methods if method in ROUTED_METHODS]
     names, own = " and ".join(paper.METHODS[m] for m in methods), _value(study.profile, setting.factor)
     tried = f"{label(setting.factor)} {_value(setting.profile, setting.factor)} for {own}"

@@ -158,11 +158,13 @@ def factor(part: pd.DataFrame) -> Figure:
     values = list(dict.fromkeys(part.value))
     figure, axes = canvas(PAGE, 1.9, 1, 2)
     gains, ratios = axes[0]
+    below = sorted({bits for bits in part.bits if bits < 16}, reverse=True)
+    lines = {16: "-", **dict(zip(below, (":", "--", "-."), strict=False))}
     cells = list(part[["method", "bits"]].drop_duplicates().itertuples(index=False))
     for place, (method, bits) in enumerate(cells):
         own = part[(part.method == method) & (part.bits == bits)]
         x = own.value.map(values.index) + 0.12 * (place - (len(cells) - 1) / 2)
-        look = {**LOOKS[method], "linestyle": "-" if bits == 16 else ":", "linewidth": 0.8}
+        look = {**LOOKS[method], "linestyle": lines.get(bits, ":"), "linewidth": 0.8}
         look |= {"markerfacecolor": look["color"] if bits == 16 else "none"}
         errors = [own.effect - own.low, own.high - own.effect]
         gains.errorbar(

@@ -33,6 +33,7 @@ from qtale_lib.data.encoding import IGNORED, collate, encode_all
 from qtale_lib.errors import UserError
 from qtale_lib.probes import ProbeCallback
 from qtale_lib.provenance import memory_in_use
+from qtale_lib.quantization.aware import see_quantized
 from qtale_lib.trainer import Objective, RoutedTrainer, add_lora, is_router, only_noise
 
 __all__ = ["Objective", "RoutedTrainer", "add_lora", "finetune", "prepare_model", "train_rows"]
@@ -108,7 +109,9 @@ def probed(rows: list[dict[str, list[int]]], samples: int) -> list[dict[str, lis
 
 
 def prepare_model(model: PreTrainedModel, profile: Profile, method: str, seed: int) -> PeftModel:
-    """The base with routers (not for "full") and LoRA; LoRA starts equal for all methods of a seed."""
+    """The base with routers (not for "full") and LoRA, its weights seen in the recipe's bits; LoRA starts
+    equal for all methods of a seed.
+    """
     if method != "full":
         set_seed(seed)
         routing = profile.routing
@@ -124,6 +127,9 @@ def prepare_model(model: PreTrainedModel, profile: Profile, method: str, seed: i
         )
     set_seed(seed)
     model = add_lora(model, profile.lora)
+    if profile.training.weight_bits < 16:
+        widths = profile.training.weight_bits, profile.group_size, profile.quantization.lm_head_bits
+        see_quantized(model.get_base_model(), *widths)
     return only_noise(model) if method == "noisy_full" else model
 
 

@@ -13,8 +13,13 @@ YAML = SHIPPED / "sensitivity.yaml"
 
 
 def truth(profile, bits: int) -> float:
-    """Width 8 costs 4 points; τ 2 gains 3, at 3 bits; nothing else matters."""
-    return -4.0 * (profile.routing.hidden == 8) + 3.0 * (profile.training.tau == 2 and bits == 3)
+    """Width 8 costs 4 points; τ 2 gains 3, at 3 bits, and weights of 2 bits in training 6, at 2; nothing else
+    matters.
+    """
+    aware = profile.training.weight_bits == bits == 2
+    return (
+        -4.0 * (profile.routing.hidden == 8) + 3.0 * (profile.training.tau == 2 and bits == 3) + 6.0 * aware
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +54,28 @@ def test_each_factor_shows_its_default_and_what_was_varied_with_it(study):
 
 def test_a_default_is_justified_beaten_or_open(study):
     judged = sensitivity.verdicts(study).set_index("id")
-    assert len(judged) == 19 and not any(judged.index.str.contains("R target"))  # every value but those
+    assert len(judged) == 22 and not any(judged.index.str.contains("R target"))  # every value but those
     assert judged.loc["S router width 8", "verdict"] == SHOWN
     assert judged.loc["S τ 2", "effect"] == pytest.approx(3, abs=0.6)
     table = sensitivity.defaults_table(study, judged.reset_index())
     words = table.text.set_index("setting")["the default is"]
     assert words["τ"] == "beaten by 2" and words["router width"] == "justified"
     assert set(words) <= {"beaten by 2", "justified", "open"}
+
+
+def test_training_on_quantized_weights_is_judged_at_the_width_it_was_for(study):
+    """At 4 and 3 bits it gains nothing, at 2 six points; a run for 2 bits gains nothing at 3."""
+    judged = sensitivity.verdicts(study).set_index("id")
+    for bits, gain in ((4, 0), (3, 0), (2, 6)):
+        row = judged.loc[f"S bits of weights in training {bits}"]
+        assert row.measured.startswith(f"{bits} bits, D-LLM and QTALE: gain")
+        assert row.effect == pytest.approx(gain, abs=0.6)
+        assert row.verdict == (SHOWN if gain == 0 else NOT_SHOWN)
+    found = sensitivity.effects(study).set_index(["factor", "value", "method", "bits"])
+    assert found.loc[(sensitivity.AWARE, "2", "qtale", 3), "effect"] == pytest.approx(0, abs=0.6)
+    words = sensitivity.defaults_table(study, judged.reset_index()).text.set_index("setting")
+    assert words["the default is"]["bits of weights in training"] == "beaten by 2"
+    assert {s.profile.quantization.method for s in study.settings if s.factor == sensitivity.AWARE} == {"rtn"}
 
 
 def test_every_question_has_its_picture(study):

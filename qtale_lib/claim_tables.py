@@ -109,7 +109,10 @@ def _what_scores_are() -> tuple[str, ...]:
     metrics = stated().metrics.items()
     said = [f"{paper.TASK_LABELS[group]}: {metric.metric}" for group, metric in metrics]
     stated_there = f"{', '.join(stated().families)} (contrasts.yaml)"
-    families = f"Families: {stated_there}, figures, noise; of studies: execution ratio, quantizers."
+    families = (
+        f"Families: {stated_there}, figures, noise, generation, tokens; of studies: execution ratio, "
+        "quantizers, sensitivity."
+    )
     return f"Effects on answers: {'; '.join(said)}.", families
 
 

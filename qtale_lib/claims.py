@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qtale_lib import effects, noise, paper, win_rates
+from qtale_lib import effects, noise, paper, token_contrasts, win_rates
 from qtale_lib.config import CSQA
 from qtale_lib.contrasts import Contrast, stated
 from qtale_lib.effects import Probes
@@ -285,7 +285,23 @@ WIN_CLAIMS = (
         win_rates.MATCHES[2], low=0.0, quote=UP_TO_7, source="v3, second-hand; at one rule for θ, ours"
     ),
 )
-CLAIMS = (*NOISE_CLAIMS, *PROBE_CLAIMS, *TABLE_CLAIMS, *WIN_CLAIMS)
+TOKEN_CLAIMS = tuple(
+    Claim(
+        id=f"K {contrast.id}, {paper.METHODS[method]}",
+        family="tokens",
+        notebook="12",
+        quote=contrast.said,
+        source="an expectation of ours",
+        measured=f"{paper.METHODS[method]}, routed layers executed by {contrast.measured}, above 0",
+        unit="points",
+        runs=partial(token_contrasts.contrast_runs, contrast=contrast, method=method),
+        smallest=5.0,
+        low=0.0,
+    )
+    for contrast in token_contrasts.CONTRASTS
+    for method in ROUTED_METHODS
+)
+CLAIMS = (*NOISE_CLAIMS, *PROBE_CLAIMS, *TABLE_CLAIMS, *WIN_CLAIMS, *TOKEN_CLAIMS)
 
 
 def verdicts(store: Measurements, notebook: str | None = None) -> pd.DataFrame:

@@ -130,9 +130,9 @@ def response_jobs(profile: Profile) -> list[Job]:
 
 
 def token_jobs(profile: Profile) -> list[Job]:
-    """Jobs that read routes token by token off one run of each routed method."""
-    jobs = [job for job in response_jobs(profile) if job.run.routed and job.run.seed == profile.seeds[0]]
-    return [Job(job.run, job.bits, "token_routes") for job in jobs if job.bits == 16]
+    """Jobs that read routes token by token off the runs of the routed methods."""
+    jobs = [job for job in response_jobs(profile) if job.run.routed and job.bits == 16]
+    return [Job(job.run, job.bits, "token_routes") for job in jobs]
 
 
 def all_jobs(profile: Profile) -> list[Job]:

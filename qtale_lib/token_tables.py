@@ -14,10 +14,10 @@ from qtale_lib.tables import Table, number
 BINS = ("below 0.01", "0.01–0.1", "0.1–1", "1–3", "above 3")  # nats; the edges are token_routes.SURPRISAL
 
 
-def held(store: Measurements) -> dict[str, dict[str, Any]]:
-    """By method, what was read off its run (see token_routes)."""
+def held_of_seeds(store: Measurements) -> dict[tuple[str, int], dict[str, Any]]:
+    """By method and seed, what was read off its run (see token_routes)."""
     found = {
-        job.run.method: store.lab.find(
+        (job.run.method, job.run.seed): store.lab.find(
             "token_routes",
             task=job.run.task,
             method=job.run.method,
@@ -28,7 +28,13 @@ def held(store: Measurements) -> dict[str, dict[str, Any]]:
         for job in jobs.token_jobs(store.profile)
         for rule in jobs.extra_rules(job)
     }
-    return {method: result["value"] for method, result in found.items() if result}
+    return {run: result["value"] for run, result in found.items() if result}
+
+
+def held(store: Measurements) -> dict[str, dict[str, Any]]:
+    """By method, what was read off its run of the first seed."""
+    first = store.profile.seeds[0]
+    return {method: value for (method, seed), value in held_of_seeds(store).items() if seed == first}
 
 
 def frame(store: Measurements) -> pd.DataFrame:
@@ -61,8 +67,8 @@ def skipping_table(store: Measurements, routes: pd.DataFrame) -> Table:
         **{paper.METHODS[m]: [number(100 * value, 1) for value in wide[m]] for m in wide.columns[2:]},
     })  # fmt: skip
     notes = (
-        "Percent of the routed layers that a token executes, mean over tokens and layers; one run a method, "
-        "on instructions with their responses, 16 bits, θ 0.5. Tokens that always run are left out.",
+        "Percent of the routed layers that a token executes, mean over tokens and layers; the first run of a "
+        "method, on instructions with their responses, 16 bits, θ 0.5. Tokens that always run are left out.",
         "Name: capitalised within a sentence. Function words are a fixed list; in a response, what is left "
         "under word is mostly the answer. Surprisal: −log p of the token itself, in nats.",
     )

@@ -51,6 +51,7 @@ EARLIER = {
     "pruning": {"weights": "none", "layers": "none"},
     "theta_aims": [],
     "calibration.objective": "accuracy",
+    "generation.source": "own",
     "generation": {"prompts": 150, "max_tokens": 32},
     "judge": {
         "kind": "exact",
@@ -64,9 +65,13 @@ EARLIER = {
 
 def without_earlier(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings without those of EARLIER that have the value that stands there; sections within too."""
-    return {
+    inner = {
         name: without_earlier(value, f"{prefix}{name}.") if isinstance(value, dict) else value
         for name, value in settings.items()
+    }
+    return {
+        name: value
+        for name, value in inner.items()
         if prefix + name not in EARLIER or EARLIER[prefix + name] != value
     }
 
@@ -276,10 +281,15 @@ class Probes(Section):
 
 
 class Generation(Section):
-    """How many prompts of the evaluated split get a response, and of how many tokens at most."""
+    """How many prompts get a response, and of how many tokens at most.
+
+    source: of the prompts that runs of Alpaca answer: its "own" evaluated split, or "alpaca_eval", those of
+        AlpacaEval from the hub or data_dir. It tells results apart by the prompts themselves.
+    """
 
     prompts: Count
     max_tokens: Count
+    source: Literal["own", "alpaca_eval"]
 
 
 class Judge(Section):

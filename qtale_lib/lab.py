@@ -55,6 +55,7 @@ SPLITS_READ = {
     "quantization": ("train",),
     "threshold": ("calibration",),
 }
+READ_OFF = ("responses", "token_routes")  # what is read off models by prompts of notebook 12
 READ_ONLY = "QTALE_READ_ONLY"
 PATIENCE = 1.0  # seconds to wait for another process, before other jobs are looked at
 SMALL_BYTES = 2**28  # a base below leaves a GPU idle most of the time: several workers share it
@@ -113,6 +114,16 @@ class Lab:
         """The examples of a split that this profile uses."""
         return self._loaded(task, split).examples
 
+    def asked(self, task: str) -> tuple[str, str]:
+        """(task, split) of the prompts that runs of a task answer."""
+        if task == jobs.WRITTEN_TASK and self.profile.generation.source != "own":
+            return self.profile.generation.source, "test"
+        return task, self.profile.evaluated
+
+    def prompts(self, task: str) -> list[Example]:
+        """Those prompts, as many as the profile says."""
+        return subset(self.examples(*self.asked(task)), self.profile.generation.prompts)
+
     def source(self, task: str, split: str) -> dict[str, Any]:
         """Where they come from: file, sha256, rows, notes, and the seed by which rows were cut, if so."""
         source = dict(self._loaded(task, split).source)
@@ -169,7 +180,9 @@ class Lab:
         kept = without_earlier({name: everything[name] for name in (*names, "pruning")})
         if "pruning" in kept:
             kept["calibration_texts"] = self.profile.quantization.calibration_texts
-        return {**kept, **everything["generation"]} if kind in ("responses", "token_routes") else kept
+        if kind in READ_OFF:
+            kept |= {name: everything["generation"][name] for name in ("prompts", "max_tokens")}
+        return kept
 
     def made_from(self, kind: str, spec: Spec) -> dict[str, Any] | None:
         """Hashes of what a result is made from; None while something that it builds on is missing."""
@@ -186,8 +199,8 @@ class Lab:
             sources["pruning_texts"] = self._data_hash(task, "train")
         if kind == "threshold":
             sources["calibration"] = self._data_hash(task, "calibration")
-        if kind in ("evaluation", "responses", "token_routes"):
-            sources["test"] = self._data_hash(task, self.profile.evaluated)
+        if kind in ("evaluation", *READ_OFF):
+            sources["test"] = self._data_hash(*self._read_by(kind, task)[0])
             theta = self.theta(spec)
             if theta == "unknown":
                 return None
@@ -305,15 +318,18 @@ class Lab:
             profile_digest=self.profile.digest(),
             base_hash=self.base()["sha256"],
             made_from=self.made_from(kind, spec),
-            data={
-                split: self.source(spec["task"], split)
-                for split in SPLITS_READ.get(kind, (self.profile.evaluated,))
-            },
+            data={split: self.source(task, split) for task, split in self._read_by(kind, spec["task"])},
         )
         value = compute(self.store.files(*address))
         return self.store.put(
             *address, spec=spec, value=value, config=self.settings(kind, spec), provenance=watch.provenance()
         )
+
+    def _read_by(self, kind: str, task: str) -> list[tuple[str, str]]:
+        """(task, split) of the examples that a result is computed on."""
+        if kind in READ_OFF:
+            return [self.asked(task)]
+        return [(task, split) for split in SPLITS_READ.get(kind, (self.profile.evaluated,))]
 
     def is_done(self, job: Job) -> bool:
         """Whether all results of a job are in the store."""

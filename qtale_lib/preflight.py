@@ -52,6 +52,7 @@ def check(lab: Lab, wanted: Iterable[Job], afresh: bool = False) -> None:
     """
     jobs = list(wanted)
     check_folders(lab)
+    _check_source(lab.profile, jobs)
     missing = at_hand(lab.profile) is None
     if missing:
         config_of(lab.profile)  # whether it can be had at all
@@ -66,11 +67,19 @@ def check(lab: Lab, wanted: Iterable[Job], afresh: bool = False) -> None:
         check_fit(lab, jobs)
 
 
+def _check_source(profile: Profile, jobs: Sequence[Job]) -> None:
+    made_up = profile.data == "microworld" and profile.data_dir is None
+    if made_up and profile.generation.source != "own" and any(job.extra for job in jobs):
+        complaint = "is not in the embedded world; set own, or data: hub, or data_dir to a folder with it"
+        raise profile.refusal("generation.source", complaint)
+
+
 def _splits(job: Job, lab: Lab) -> list[tuple[str, str]]:
     names = ["train"]
     names += [lab.profile.evaluated] if job.bits else []
     names += ["calibration"] if job.bits and job.run.routed else []
-    return [(job.run.task, name) for name in names]
+    asked = [lab.asked(job.run.task)] if job.extra else []
+    return [*((job.run.task, name) for name in names), *asked]
 
 
 def check_folders(lab: Lab) -> None:

@@ -350,7 +350,7 @@ def _respond(lab: Lab, spec: Spec, model: Callable, tell: Callable[[], None], _:
     tell()
     profile, theta = lab.profile, lab.theta(spec)
     set_threshold_if_routed(prepared, theta)
-    asked = subset(lab.examples(spec["task"], profile.evaluated), profile.generation.prompts)
+    asked = lab.prompts(spec["task"])
     prompts = [render(example, profile.prompt).prompt for example in asked]
     room = profile.max_length - profile.generation.max_tokens
     fits = [len(ids) <= room for ids in prompt_ids(tokenizer, prompts)]
@@ -381,7 +381,7 @@ def _read_routes(lab: Lab, spec: Spec, model: Callable, tell: Callable[[], None]
     prepared, tokenizer = model()
     tell()
     set_threshold(prepared, lab.theta(spec))
-    asked = subset(lab.examples(spec["task"], lab.profile.evaluated), lab.profile.generation.prompts)
+    asked = lab.prompts(spec["task"])
     routes = token_routes.read_routes(prepared, tokenizer, asked, **fitting(lab))
     return {**routes, **token_routes.worth(prepared, tokenizer, asked, **fitting(lab))}
 

@@ -73,7 +73,7 @@ def comparisons(lab: Lab, match: Match, seed: int) -> list[Comparison]:
     first, second = (responses(lab, cell, seed) for cell in (match.first, match.second))
     if first is None or second is None:
         return []
-    examples = {each.id: each for each in lab.examples(jobs.WRITTEN_TASK, lab.profile.evaluated)}
+    examples = {each.id: each for each in lab.prompts(jobs.WRITTEN_TASK)}
     texts = zip(first["ids"], first["texts"], second["texts"], strict=True)
     return [Comparison(examples[name], one, other) for name, one, other in texts]
 
@@ -225,7 +225,7 @@ def _response_row(lab: Lab, cell: Cell) -> dict[str, Any] | None:
 def _measured(lab: Lab, value: dict[str, Any]) -> dict[str, float]:
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk
 
-    examples = {each.id: each for each in lab.examples(jobs.WRITTEN_TASK, lab.profile.evaluated)}
+    examples = {each.id: each for each in lab.prompts(jobs.WRITTEN_TASK)}
     pairs = [(examples[name], text) for name, text in zip(value["ids"], value["texts"], strict=True)]
     rouge = RougeScorer(["rouge1", "rougeL"])
     scores = [rouge.score(example.response, text) for example, text in pairs]

@@ -83,6 +83,9 @@ class FakeLab:
             return load_task(task, split)[: self.questions]
         return [SimpleNamespace(facts=(f"{task}{i // 3}",)) for i in range(USED[split])]
 
+    def prompts(self, task: str) -> list[Any]:
+        return self.examples(task, "test")
+
     def finetunes(self) -> pd.DataFrame:
         rows = [
             (t, m, s) for t in self.profile.tasks for m in self.profile.methods for s in self.profile.seeds

@@ -1,14 +1,15 @@
 """Mutation testing of what computes the paper's quantities: a small change of a line must fail a test.
 
-    python tests/mutate.py COUNT SEED [MODULE]
+    python tests/mutate.py --sample 40 --seed 0 [--module routing] [--at-once 2]
 
-A seeded sample of all changes that OPERATORS can make. Each is tried in a fork of this process, which has
+A seeded sample of all the changes that `changes` can make. Each is tried in a fork of this process, which has
 imported what is slow and nothing of the library; the changed module is compiled in memory, and no file is
-touched. Prints a JSON object: {"killed": n, "survived": [what was changed, ...]}.
+touched. Prints a JSON object: {"of": n, "tried": n, "killed": n, "survived": [what was changed, ...]}.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import copy
 import importlib
@@ -45,7 +46,6 @@ SLOW_IMPORTS = (
     "pytest",
 )
 LIMIT = 600.0  # seconds of a mutant's tests; what takes longer is killed, as a test that hangs fails
-ATTEMPTS_AT_ONCE = max(1, (os.cpu_count() or 2) // 2)
 
 SWAPS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -95,10 +95,10 @@ def mutants(module: str) -> list[Mutant]:
     path = source(module)
     text = path.read_text()
     lines, tree = text.splitlines(), ast.parse(text)
-    found = []
+    found, annotations = [], _annotations(tree)
     for index, node in enumerate(ast.walk(tree)):
         for number, _ in enumerate(changes(node)):
-            if not hasattr(node, "lineno") or _is_left_alone(lines[node.lineno - 1]):
+            if node in annotations or _is_left_alone(lines[node.lineno - 1]):
                 continue
             mutated = copy.deepcopy(tree)
             target = next(n for i, n in enumerate(ast.walk(mutated)) if i == index)
@@ -114,6 +114,12 @@ def mutants(module: str) -> list[Mutant]:
                 )
             )
     return found
+
+
+def _annotations(tree: ast.Module) -> set[ast.AST]:
+    """Every node within an annotation."""
+    roots = [getattr(node, name, None) for node in ast.walk(tree) for name in ("annotation", "returns")]
+    return {node for root in roots if root for node in ast.walk(root)}
 
 
 def _is_left_alone(line: str) -> bool:
@@ -132,7 +138,7 @@ class Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str):
         """The changed code."""
-        return compile(self.tree, self.path, "exec")
+        return compile(self.tree, self.path, "exec", dont_inherit=True)
 
 
 class Finder:
@@ -170,36 +176,57 @@ def attempt(mutant: Mutant | None, module: str) -> int:
         os._exit(status)
 
 
-def survives(child: int) -> bool:
-    """Whether the tests of a fork all passed, within the limit."""
-    deadline = time.monotonic() + LIMIT
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status) == 0
-        time.sleep(0.05)
+def verdict(child: int, deadline: float) -> bool | None:
+    """Whether the tests of a fork all passed; None while they run. At the deadline it is killed."""
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        return os.waitstatus_to_exitcode(status) == 0
+    if time.monotonic() < deadline:
+        return None
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return False
 
 
-def main(count: int, seed: int, only: str | None = None) -> None:
-    """Try a sample, as many of each module as it has changes, in proportion."""
+def survivors(attempts: list[tuple[Mutant | None, str]], at_once: int) -> list[int]:
+    """Which of the attempts, by their place, the tests all pass; so many forks at once."""
+    waiting, running, survived = list(enumerate(attempts))[::-1], {}, []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            place, wanted = waiting.pop()
+            running[attempt(*wanted)] = place, time.monotonic() + LIMIT
+        for child, (place, deadline) in list(running.items()):
+            passed = verdict(child, deadline)
+            if passed is not None:
+                del running[child]
+                survived += [place] if passed else []
+        time.sleep(0.05)
+    return sorted(survived)
+
+
+def main(count: int, seed: int, modules: list[str], at_once: int) -> None:
+    """Try a seeded sample of all changes of the modules."""
     for name in SLOW_IMPORTS:
         importlib.import_module(name)
-    modules = [only] if only else list(TESTS)
-    for module in modules:
-        assert survives(attempt(None, module)), f"the tests of {module} fail as they are"
+    sound = survivors([(None, module) for module in modules], at_once)
+    failing = [module for place, module in enumerate(modules) if place not in sound]
+    assert not failing, f"the tests of {', '.join(failing)} fail as they are"
     everything = [mutant for module in modules for mutant in mutants(module)]
     sample = random.Random(seed).sample(everything, min(count, len(everything)))
-    survived = []
-    for start in range(0, len(sample), ATTEMPTS_AT_ONCE):
-        batch = sample[start : start + ATTEMPTS_AT_ONCE]
-        children = [attempt(mutant, mutant.module) for mutant in batch]
-        survived += [m.what for m, child in zip(batch, children, strict=True) if survives(child)]
+    found = survivors([(mutant, mutant.module) for mutant in sample], at_once)
+    survived = [sample[place].what for place in found]
     print(json.dumps({"of": len(everything), "tried": len(sample), "killed": len(sample) - len(survived),
                       "survived": survived}, ensure_ascii=False, indent=1))  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:4])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sample", type=int, default=40, help="how many changes are tried (40)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    parser.add_argument("--module", choices=TESTS, action="append", help="these alone; all, if not given")
+    parser.add_argument("--at-once", type=int, default=max(1, (os.cpu_count() or 2) // 2),
+                        help="forks that run beside each other (half the cores)")  # fmt: skip
+    asked = parser.parse_args()
+    main(asked.sample, asked.seed, asked.module or list(TESTS), asked.at_once)

@@ -25,7 +25,7 @@ LEAST = 0.85
 @pytest.mark.timeout(4 * 3600)
 def test_changes_of_a_line_fail_a_test():
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "mutate.py", str(COUNT), str(SEED)],
+        [sys.executable, ROOT / "tests" / "mutate.py", "--sample", str(COUNT), "--seed", str(SEED)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

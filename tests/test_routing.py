@@ -64,6 +64,11 @@ def test_router_keeps_float32_when_the_model_is_narrowed(dtype):
     assert {p.dtype for p in model.double()[1].parameters()} == {torch.float64}
 
 
+def test_a_router_without_storage_gets_some():
+    router = Router(8, 4).to("meta").to_empty(device="cpu")
+    assert {(p.dtype, p.device.type) for p in router.parameters()} == {(torch.float32, "cpu")}
+
+
 def test_gumbel_draws_follow_the_closed_forms():
     draws = gumbel((DRAWS,), seeded()).double().numpy()
     assert stats.kstest(draws, stats.gumbel_r.cdf).pvalue > 0.01
@@ -117,6 +122,7 @@ def test_gumbel_softmax_is_equations_5_and_6(seed, tau):
         assert soft[row].tolist() == pytest.approx([p / sum(powers) for p in powers], rel=1e-4, abs=1e-6)
         assert hard[row].tolist() == ([1.0, 0.0] if powers[0] >= powers[1] else [0.0, 1.0])
     # Eq. 5 prints log of the probabilities where logits do: the decisions are the same
+    assert torch.equal(gumbel_softmax(logits, noise)[1], gumbel_softmax(logits, noise, 1.0)[1])
     same, _ = gumbel_softmax(torch.log_softmax(logits, -1), noise, tau)
     assert torch.equal(hard, same)
 

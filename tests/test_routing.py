@@ -112,6 +112,15 @@ def test_noise_comes_from_the_generator_alone():
     assert not torch.equal(first, gumbel((5, 2), seeded(4)))
 
 
+def test_a_generator_draws_on_its_own_device_wherever_the_noise_goes():
+    here, elsewhere = seeded(), seeded()
+    gumbel((5, 2), here)
+    assert gumbel((5, 2), elsewhere, "meta").device.type == "meta"
+    assert torch.equal(here.get_state(), elsewhere.get_state())
+    assert gumbel((5, 2), device="meta").device.type == "meta"
+    assert gumbel((5, 2)).device.type == "cpu"
+
+
 @given(st.integers(0, 2**31), st.floats(0.3, 3.0))
 @settings(max_examples=25, deadline=None)
 def test_gumbel_softmax_is_equations_5_and_6(seed, tau):

@@ -4,6 +4,7 @@ QTALE Sec. 3.1 and 3.4, after D-LLM. The base model keeps its parameter names an
 `...layers.{i}.router.*`.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -342,7 +343,10 @@ def _save_adapter(model: PeftModel, directory: Path, base: str | None) -> dict[s
     name = base or model.get_base_model().config.name_or_path
     if not name:
         raise UserError("The base model has no name to find it by: pass base= to save_routed.")
-    config.save_pretrained(directory)
+    written = copy.copy(config)
+    if isinstance(written.target_modules, set):  # its order is another one in every process
+        written.target_modules = sorted(written.target_modules)
+    written.save_pretrained(directory)
     save_file(_contiguous(_lora_tensors(model)), directory / ADAPTER)
     dtype = str(model.get_base_model().dtype).removeprefix("torch.")
     return {"name": name, "dtype": dtype, "sha256": weights_digest(model)}

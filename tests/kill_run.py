@@ -30,7 +30,10 @@ from qtale_lib.jobs import all_jobs
 from qtale_lib.lab import Lab
 from qtale_lib.store import file_digest, read_json
 
-MEASURED = {"seconds", "training_seconds", "probe_seconds", "peak_memory_bytes", "finished_at", "git_commit"}
+MEASURED = {
+    "seconds", "training_seconds", "probe_seconds", "generation_seconds", "peak_memory_bytes", "finished_at",
+    "git_commit",
+}  # fmt: skip
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "shutil.rmtree"}
 MEMOS = ("base.json", "data.json")  # of hashes, in the order in which they were asked for
 KEPT_APART = {"locks", "logs"}

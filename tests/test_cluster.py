@@ -51,8 +51,6 @@ def contents(lab: Lab) -> dict[str, object]:
         value = json.loads(found[name])
         if name.count("/") == 1:
             value = {key: value["value"][key] for key in value["value"] if key not in NOT_NUMBERS}
-        if "target_modules" in value:
-            value["target_modules"] = set(value["target_modules"])  # peft writes them in any order
         found[name] = value
     return found
 

@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 import typer
 
-from qtale_lib import estimates, workload
+from qtale_lib import cli, estimates, workload
 from qtale_lib.cli import app
 from qtale_lib.config import load_profile
 from qtale_lib.efficiency import ON_THE_HUB
+from qtale_lib.errors import DamagedError, MachineError, UserError
 from qtale_lib.estimates import Speed
 from qtale_lib.jobs import all_jobs
 from qtale_lib.profile_files import SHIPPED
@@ -80,3 +81,15 @@ def test_it_lists_every_notebook_once_and_no_other():
 @pytest.mark.parametrize("place", sorted(set(re.findall(r"\]\(([\w./-]+)\)|src=\"([^\"]+)\"", README))))
 def test_every_file_that_it_points_at_is_there(place):
     assert (ROOT / next(filter(None, place))).is_file()
+
+
+def test_what_is_promised_names_the_exit_codes_and_tests_that_there_are():
+    promises = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| (\d+)[\d, ]* \| (.+) \|$", promises, re.M))
+    told = dict(re.findall(r"^(\d+)[\d, ]*: ([^;,]+)[;,.]", cli.__doc__, re.M))
+    assert listed.keys() == told.keys() | {"0"}
+    for error in (UserError, DamagedError, MachineError):
+        said = told[str(error.exit_code)].split(":")[0]
+        assert said in listed[str(error.exit_code)] and said.lower() in error.__doc__.lower()
+    named = set(re.findall(r"`(test_\w+\.py)`", promises))
+    assert len(named) > 8 and named <= {path.name for path in (ROOT / "tests").glob("test_*.py")}

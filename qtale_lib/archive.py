@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qtale_lib.errors import DamagedError, UserError
-from qtale_lib.jobs import Job, all_jobs, computing, response_jobs, token_jobs
+from qtale_lib.jobs import Job, all_jobs, computing, needs
 from qtale_lib.lab import Lab
 from qtale_lib.provenance import ROOT
 from qtale_lib.store import is_sound, replaced
@@ -51,8 +51,8 @@ def _of_seed(jobs: Iterable[Job], seed: int) -> list[Job]:
 
 
 def _archived(lab: Lab, seed: int) -> list[Job]:
-    """All jobs, and those that read more off models as far as they are done, as they need the weights."""
-    extra = _of_seed([*response_jobs(lab.profile), *token_jobs(lab.profile)], seed)
+    """All jobs, and as far as they are done those of notebook 12, which read more off models."""
+    extra = _of_seed(needs(lab.profile, "12"), seed)
     return [*_of_seed(all_jobs(lab.profile), seed), *filter(lab.is_done, extra)]
 
 

@@ -110,8 +110,8 @@ def _what_scores_are() -> tuple[str, ...]:
     said = [f"{paper.TASK_LABELS[group]}: {metric.metric}" for group, metric in metrics]
     stated_there = f"{', '.join(stated().families)} (contrasts.yaml)"
     families = (
-        f"Families: {stated_there}, figures, noise, generation, tokens; of studies: execution ratio, "
-        "quantizers, sensitivity."
+        f"Families: {stated_there}, figures, noise, generation, summaries, tokens; of studies: execution "
+        "ratio, quantizers, sensitivity."
     )
     return f"Effects on answers: {'; '.join(said)}.", families
 

@@ -285,6 +285,25 @@ WIN_CLAIMS = (
         win_rates.MATCHES[2], low=0.0, quote=UP_TO_7, source="v3, second-hand; at one rule for θ, ours"
     ),
 )
+SUMMARY_CLAIMS = tuple(
+    Claim(
+        id=f"R {match.name.replace('win rate', 'ROUGE-L')}",
+        family="summaries",
+        notebook="12",
+        quote=said,
+        source="an expectation of ours",
+        measured=f"{match.label}, summaries: ROUGE-L, {_range(low, inf)}",
+        unit="points",
+        runs=partial(win_rates.rouge_runs, match=match),
+        smallest=2.0,
+        low=low,
+    )
+    for match, low, said in (
+        (win_rates.MATCHES[0], -2.0, "QTALE summarises no worse than D-LLM"),
+        (win_rates.MATCHES[1], 0.0, "QTALE summarises better than D-LLM once quantized"),
+        (win_rates.MATCHES[2], 0.0, "QTALE summarises better than D-LLM once quantized"),
+    )
+)
 TOKEN_CLAIMS = tuple(
     Claim(
         id=f"K {contrast.id}, {paper.METHODS[method]}",
@@ -301,7 +320,7 @@ TOKEN_CLAIMS = tuple(
     for contrast in token_contrasts.CONTRASTS
     for method in ROUTED_METHODS
 )
-CLAIMS = (*NOISE_CLAIMS, *PROBE_CLAIMS, *TABLE_CLAIMS, *WIN_CLAIMS, *TOKEN_CLAIMS)
+CLAIMS = (*NOISE_CLAIMS, *PROBE_CLAIMS, *TABLE_CLAIMS, *WIN_CLAIMS, *SUMMARY_CLAIMS, *TOKEN_CLAIMS)
 
 
 def verdicts(store: Measurements, notebook: str | None = None) -> pd.DataFrame:

@@ -52,6 +52,7 @@ EARLIER = {
     "theta_aims": [],
     "calibration.objective": "accuracy",
     "generation.source": "own",
+    "generation.summaries": True,  # runs of their own, which no other result knows of
     "generation": {"prompts": 150, "max_tokens": 32},
     "judge": {
         "kind": "exact",
@@ -285,11 +286,14 @@ class Generation(Section):
 
     source: of the prompts that runs of Alpaca answer: its "own" evaluated split, or "alpaca_eval", those of
         AlpacaEval from the hub or data_dir. It tells results apart by the prompts themselves.
+    summaries: whether dialogues are summarised too (SAMSum), by fine-tunings beside those of `tasks`; a
+        data_dir without the folder samsum has none.
     """
 
     prompts: Count
     max_tokens: Count
     source: Literal["own", "alpaca_eval"]
+    summaries: Annotated[bool, Field(strict=True, description="true or false")]
 
 
 class Judge(Section):

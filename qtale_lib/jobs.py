@@ -21,6 +21,10 @@ RULES = {
 THETAS = {"none": None, "argmax": 0.5, "zero": 0.0}  # "searched" is found on calibration questions (Sec. 3.4)
 USUAL_RULE = {"full": "none", "dllm": "argmax", "qtale": "argmax", "noisy_full": "zero"}
 WRITTEN_TASK, WRITTEN_BITS = "alpaca", (16, 4)  # of notebook 12: responses to instructions
+SUMMARISED = (
+    "samsum"  # of notebook 12 too: fine-tuned on dialogues and their summaries, beside the paper's grid
+)
+WRITTEN = (WRITTEN_TASK, SUMMARISED)  # tasks without choices, scored by PPL
 AIMED = ("ratio ", "flops ")  # how rules begin that aim at an execution ratio, or at a share of Full's FLOPs
 FIGURE_2_TASKS = ("arc_easy", "arc_challenge", "siqa", "piqa")
 TABLE_4_BITS = (4, 3, 16)  # the paper ablates at 4; its claims are about 3 as well
@@ -79,6 +83,14 @@ def runs(profile: Profile) -> list[Run]:
     return [Run(t, m, s) for t in profile.tasks for m in profile.methods for s in profile.seeds]
 
 
+def summary_runs(profile: Profile) -> list[Run]:
+    """The fine-tunings on dialogues with summaries, if the profile has them: they are not of its grid."""
+    folder, wanted = profile.data_dir, profile.generation.summaries and WRITTEN_TASK in profile.tasks
+    if not wanted or (folder is not None and not (folder / SUMMARISED).is_dir()):
+        return []
+    return [Run(SUMMARISED, m, s) for m in profile.methods for s in profile.seeds]
+
+
 def rules(profile: Profile, method: str) -> tuple[str, ...]:
     """Names of the rules that set θ in a method's evaluations: RULES, "0.1" for a 0.1 in the sweep, and those
     that aim at a cost, such as "ratio 0.6" (threshold_rules.py).
@@ -124,15 +136,16 @@ def extra_rules(job: Job) -> tuple[str, ...]:
 
 def response_jobs(profile: Profile) -> list[Job]:
     """Jobs that write responses, of those runs and bit widths that notebook 12 compares."""
-    chosen = [run for run in runs(profile) if run.task == WRITTEN_TASK and run.method != "noisy_full"]
+    written = [run for run in (*runs(profile), *summary_runs(profile)) if run.task in WRITTEN]
+    chosen = [run for run in written if run.method != "noisy_full"]
     widths = [bits for bits in WRITTEN_BITS if bits in profile.bits]
     return [Job(run, bits, "responses") for run in chosen for bits in widths]
 
 
 def token_jobs(profile: Profile) -> list[Job]:
     """Jobs that read routes token by token off the runs of the routed methods."""
-    jobs = [job for job in response_jobs(profile) if job.run.routed and job.bits == 16]
-    return [Job(job.run, job.bits, "token_routes") for job in jobs]
+    runs = [job.run for job in response_jobs(profile) if job.run.task == WRITTEN_TASK and job.bits == 16]
+    return [Job(run, 16, "token_routes") for run in runs if run.routed]
 
 
 def all_jobs(profile: Profile) -> list[Job]:

@@ -176,7 +176,7 @@ class Lab:
         names = list(ENCODING)
         names += QUANTIZING if spec["bits"] < 16 else ()
         names += ["calibration"] if kind == "threshold" else []
-        names += ["protocol"] if kind == "evaluation" and spec["task"] != "alpaca" else []
+        names += ["protocol"] if kind == "evaluation" and spec["task"] not in jobs.WRITTEN else []
         kept = without_earlier({name: everything[name] for name in (*names, "pruning")})
         if "pruning" in kept:
             kept["calibration_texts"] = self.profile.quantization.calibration_texts
@@ -228,7 +228,7 @@ class Lab:
         """The libraries behind a result, if any, whose versions are not those of the kept results."""
         behind = {"torch", "transformers", "tokenizers", "peft"}
         behind |= {"accelerate"} if kind == "finetune" else set()
-        by_harness = self.profile.protocol == "lm_eval" and spec["task"] != "alpaca"
+        by_harness = self.profile.protocol == "lm_eval" and spec["task"] not in jobs.WRITTEN
         behind |= {"lm_eval"} if kind == "evaluation" and by_harness else set()
         now = {name: versions()[name].partition("+")[0] for name in sorted(behind)}  # +cpu is a build
         other = {name: version for name, version in now.items() if version != KEPT_VERSIONS[name]}

@@ -29,7 +29,7 @@ from qtale_lib.errors import DamagedError, UserError
 from qtale_lib.evaluation import evaluate_choices, perplexity, rows_that_fit
 from qtale_lib.generation import Generated, generate, generate_all, prompt_ids
 from qtale_lib.harness import evaluate_own_task
-from qtale_lib.jobs import Job, Run, extra_rules, rules
+from qtale_lib.jobs import WRITTEN, Job, Run, extra_rules, rules
 from qtale_lib.lab import Lab, Spec, run_spec
 from qtale_lib.pool import Report
 from qtale_lib.preflight import gib
@@ -298,9 +298,9 @@ def _evaluate(lab: Lab, spec: Spec, model: Callable, tell: Callable[[], None], _
 def measure(
     lab: Lab, task: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """The task's metric on the examples that are evaluated: accuracy by lm-eval, or perplexity for Alpaca."""
+    """The task's metric on the examples that are evaluated: accuracy by lm-eval, or the responses' PPL."""
     examples = lab.examples(task, lab.profile.evaluated)
-    if task == "alpaca":
+    if task in WRITTEN:
         return {"metric": "ppl", **perplexity(model, tokenizer, examples, **fitting(lab))}
     if lab.profile.protocol == "lm_eval":
         settings = {name: fitting(lab)[name] for name in ("batch_size", "max_length")}

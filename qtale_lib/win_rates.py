@@ -6,7 +6,7 @@ Both answer the same prompts, so that it is paired by construction; prompts that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from qtale_lib.statistics import Run, estimate
 from qtale_lib.tables import Table, number
 
 if TYPE_CHECKING:
+    from qtale_lib.data import Example
     from qtale_lib.lab import Lab
 
 Cell = tuple[str, int, str]  # method, bits, rule that sets θ
@@ -58,11 +59,10 @@ def cell_label(cell: Cell) -> str:
     return ", ".join(filter(None, (paper.METHODS[method], f"{bits} bits", LABELS[rule])))
 
 
-def responses(lab: Lab, cell: Cell, seed: int) -> dict[str, Any] | None:
+def responses(lab: Lab, cell: Cell, seed: int, task: str = jobs.WRITTEN_TASK) -> dict[str, Any] | None:
     """The stored responses of a cell (see stages.read_off), or None."""
     method, bits, rule = cell
-    task = jobs.WRITTEN_TASK
-    if task not in lab.profile.tasks or method not in lab.profile.methods or bits not in lab.profile.bits:
+    if jobs.Job(jobs.Run(task, method, seed), bits, "responses") not in jobs.response_jobs(lab.profile):
         return None
     found = lab.find("responses", task=task, method=method, seed=seed, bits=bits, theta=rule)
     return found and found["value"]
@@ -186,15 +186,22 @@ def _interval(row: Any) -> str:
 
 
 MEASURES = {
-    "facts": "facts right, %", "exact": "as the reference, %", "rouge1": "ROUGE-1", "rougeL": "ROUGE-L",
+    "facts": "facts right, %", "exact": "as the reference, %",
+    "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
     "words": "words", "execution_ratio": "R", "milliseconds": "ms a token",
 }  # fmt: skip
 
 
-def response_table(store: Measurements) -> Table:
+TABLES = {
+    jobs.WRITTEN_TASK: ("table_12_responses", "Responses"),
+    jobs.SUMMARISED: ("table_12_summaries", "Summaries of dialogues"),
+}
+
+
+def response_table(store: Measurements, task: str = jobs.WRITTEN_TASK) -> Table:
     """What each cell's responses are like, against the references and by the world's facts."""
     cells = dict.fromkeys(cell for match in MATCHES for cell in (match.first, match.second))
-    rows = [row for cell in sorted(cells, key=_place) if (row := _response_row(store.lab, cell))]
+    rows = [row for cell in sorted(cells, key=_place) if (row := _response_row(store.lab, cell, task))]
     frame = pd.DataFrame(rows, columns=["method", "bits", "theta_rule", *MEASURES, "seeds"])
     text = pd.DataFrame({
         "method": [cell_label((row.method, row.bits, row.theta_rule)) for row in frame.itertuples()],
@@ -207,40 +214,66 @@ def response_table(store: Measurements) -> Table:
         "R: over prompt and response. Time: of all responses of a batch together, so not a latency.",
     )
     keys = ("method", "bits", "theta_rule")
-    return Table("table_12_responses", "Responses", text, frame, keys, notes)
+    name, caption = TABLES[task]
+    return Table(name, caption, text, frame, keys, notes)
 
 
 def _place(cell: Cell) -> tuple[int, int, str]:
     return -cell[1], list(paper.METHODS).index(cell[0]), cell[2]
 
 
-def _response_row(lab: Lab, cell: Cell) -> dict[str, Any] | None:
-    held = [value for seed in lab.profile.seeds if (value := responses(lab, cell, seed))]
+def _response_row(lab: Lab, cell: Cell, task: str) -> dict[str, Any] | None:
+    held = [value for seed in lab.profile.seeds if (value := responses(lab, cell, seed, task))]
     if not held:
         return None
-    means = pd.DataFrame([_measured(lab, value) for value in held]).mean()
+    means = pd.DataFrame([_measured(lab, value, task) for value in held]).mean()
     return {**dict(zip(("method", "bits", "theta_rule"), cell, strict=True)), **means, "seeds": len(held)}
 
 
-def _measured(lab: Lab, value: dict[str, Any]) -> dict[str, float]:
-    from rouge_score.rouge_scorer import RougeScorer  # imports nltk
-
-    examples = {each.id: each for each in lab.prompts(jobs.WRITTEN_TASK)}
-    pairs = [(examples[name], text) for name, text in zip(value["ids"], value["texts"], strict=True)]
-    rouge = RougeScorer(["rouge1", "rougeL"])
-    scores = [rouge.score(example.response, text) for example, text in pairs]
+def _measured(lab: Lab, value: dict[str, Any], task: str) -> dict[str, float]:
+    pairs = with_examples(lab, value, task)
+    scores = rouge(pairs)
     ratios = [1.0 if ratio is None else ratio for ratio in value["execution_ratios"]]
     return {
         "facts": 100 * np.mean([_share(example, text) for example, text in pairs]),
         "exact": 100 * np.mean([example.response == text for example, text in pairs]),
-        **{name: 100 * np.mean([each[name].fmeasure for each in scores]) for name in ("rouge1", "rougeL")},
+        **scores.mean(),
         "words": np.mean([len(text.split()) for _, text in pairs]),
         "execution_ratio": np.mean(ratios),
         "milliseconds": 1000 * value["generation_seconds"] / max(sum(value["tokens"]), 1),
     }
 
 
-def _share(example: Any, text: str) -> float:
+def with_examples(lab: Lab, value: dict[str, Any], task: str) -> list[tuple[Example, str]]:
+    """Every stored response with the example that it answers."""
+    examples = {each.id: each for each in lab.prompts(task)}
+    return [(examples[name], text) for name, text in zip(value["ids"], value["texts"], strict=True)]
+
+
+def rouge(pairs: Sequence[tuple[Example, str]]) -> pd.DataFrame:
+    """ROUGE of each response against its example's, in percent: F of the reference's words, no stemming."""
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    scores = [scorer.score(example.response, text) for example, text in pairs]
+    return pd.DataFrame([{name: 100 * each.fmeasure for name, each in score.items()} for score in scores])
+
+
+def rouge_runs(store: Measurements, match: Match) -> list[Run]:
+    """One Run per seed: ROUGE-L of the first cell's summaries less the second's, paired over dialogues."""
+    lab, runs = store.lab, []
+    for seed in lab.profile.seeds:
+        both = [responses(lab, cell, seed, jobs.SUMMARISED) for cell in (match.first, match.second)]
+        if None in both:
+            continue
+        pairs = [with_examples(lab, value, jobs.SUMMARISED) for value in both]
+        first, second = (rouge(each).rougeL.to_numpy() for each in pairs)
+        shared = sharing(tuple(example.facts for example, _ in pairs[0]))
+        runs.append(Run(jobs.SUMMARISED, seed, float((first - second).mean()), first - second, shared))
+    return runs
+
+
+def _share(example: Example, text: str) -> float:
     if not example.facts:
         return np.nan
     from qtale_lib.data.microworld.grading import grade

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from qtale_lib.data.prompts import Rendered, render
+from qtale_lib.jobs import WRITTEN
 from qtale_lib.memory import Batch
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ TYPICAL = {
     "openbookqa": (4462, 500, 473, 2),
     "mmlu": (98842, 14042, 1900, 2),
     "alpaca": (49002, 2000, 519, 271),
+    "samsum": (13732, 819, 800, 110),  # of dialogue and summary a guess
 }
 
 
@@ -108,7 +110,7 @@ def typical(profile: Profile, task: str) -> Workload:
     """From what the benchmark's files hold, in the "dllm" style, some row as long as max_length."""
     train, test, characters, answer = TYPICAL[task]
     longest = profile.max_length
-    long_answer = longest - 32 if task == "alpaca" else 2
+    long_answer = longest - 32 if task in WRITTEN else 2
     lengths = Lengths(
         min(characters / CHARACTERS, longest),
         longest,

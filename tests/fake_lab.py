@@ -43,7 +43,7 @@ def profile(**changes: Any) -> SimpleNamespace:
         "quantization": SimpleNamespace(lm_head_bits=16, method="awq", backend="native"),
         "routing": SimpleNamespace(hidden=None, always_run_layers=ALWAYS_RUN, always_run_tokens=2),
         "theta_sweep": [], "data": "microworld", "data_dir": None,
-        "judge": SimpleNamespace(kind="exact"), "generation": SimpleNamespace(prompts=20),
+        "judge": SimpleNamespace(kind="exact"), "generation": SimpleNamespace(prompts=20, summaries=True),
         "theta_aims": [],
     }  # fmt: skip
     assert set(changes) <= set(fields)
@@ -79,7 +79,7 @@ class FakeLab:
         }
 
     def examples(self, task: str, split: str) -> list[Any]:
-        if (task, split) == ("alpaca", "test"):
+        if task in ("alpaca", "samsum") and split == "test":
             return load_task(task, split)[: self.questions]
         return [SimpleNamespace(facts=(f"{task}{i // 3}",)) for i in range(USED[split])]
 
@@ -111,9 +111,9 @@ class FakeLab:
     def find(self, kind: str, **spec: Any) -> dict[str, Any] | None:
         return self.result(kind, **spec)
 
-    def responses(self, method: str, bits: int, rule: str, seed: int) -> dict[str, Any]:
+    def responses(self, method: str, bits: int, rule: str, seed: int, task: str = "alpaca") -> dict[str, Any]:
         """The references, some of them with another last word."""
-        asked, noise = self.examples("alpaca", "test"), self.noise("responses", method, bits, rule, seed)
+        asked, noise = self.examples(task, "test"), self.noise("responses", method, bits, rule, seed)
         wrong = noise.random(len(asked)) < (100 - self.accuracy.get((method, bits, rule), 80.0)) / 100
         texts = [
             each.response.rsplit(" ", 1)[0] + " nothing." if bad else each.response
@@ -126,7 +126,7 @@ class FakeLab:
     def result(self, kind: str, **spec: Any) -> dict[str, Any]:
         used = USED["calibration" if kind == "threshold" else "train"]
         if kind == "responses":
-            value = self.responses(spec["method"], spec["bits"], spec["theta"], spec["seed"])
+            value = self.responses(*(spec[name] for name in ("method", "bits", "theta", "seed", "task")))
             return {"schema": 1, "kind": kind, "status": "done", "spec": spec, "value": value}
         if kind == "token_routes":
             groups = [("kind", "name, prompt"), ("surprisal", "0"), ("place", "0"), ("place", "1")]

@@ -1,7 +1,8 @@
-"""The embedded world: a seeded miniature of the nine tasks, and the small Llama pretrained on its text.
+"""The embedded world: a seeded miniature of the tasks, and the small Llama pretrained on its text.
 
 `load(task, split)` gives Examples; `base_directory()` is the shipped base model. See `world` (facts and
-rules), `tasks` (questions), `corpus` (pretraining text), `tokenizer`, `pretrain` (how the base was made).
+rules), `tasks` (questions), `dialogues` (and summaries), `corpus` (pretraining text), `tokenizer`, `pretrain`
+(how the base was made).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ def load(task: str, split: str) -> list[Example]:
     """The examples of one task and split; UserError for a name that does not exist."""
     from qtale_lib.data.microworld import tasks  # slow to build, and not needed by who brings data
 
-    if task not in tasks.FORMS:
-        raise UserError(f'The embedded world has no task "{task}"; it has {", ".join(tasks.FORMS)}.')
+    if task not in tasks.ASKED:
+        raise UserError(f'The embedded world has no task "{task}"; it has {", ".join(tasks.ASKED)}.')
     if split not in SPLITS:
         raise UserError(f'There is no split "{split}"; there are {", ".join(SPLITS)}.')
     return list(tasks.examples(task, split))

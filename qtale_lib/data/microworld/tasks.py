@@ -1,4 +1,4 @@
-"""The nine tasks asked of the embedded world, as Examples in the formats of the originals.
+"""The tasks asked of the embedded world, as Examples in the formats of the originals.
 
 A task is a list of *forms*: a form knows the kind of entity it asks about and makes one Example from such
 an entity. The examples of a split are every (form, entity) pair of that split, shuffled, and repeated with
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
-from qtale_lib.data.microworld import words
+from qtale_lib.data.microworld import dialogues, words
 from qtale_lib.data.microworld.world import ATTRIBUTES, SEED, Entity, World, build_world
 from qtale_lib.data.schema import Example
 
@@ -297,12 +297,24 @@ FORMS: dict[str, tuple[Form, ...]] = {
 }
 
 
+def _dialogue(kind: str, dialogue: tuple) -> Form:
+    def make(world: World, rng: random.Random, entity: Entity, slot: int) -> Example:
+        return dialogues.make(world, rng, entity, kind, dialogue)
+
+    return Form("person" if kind == "speaker" else kind, make)
+
+
+# What the base has not been pretrained on: in neither its text nor the world's fingerprint.
+UNSEEN = {dialogues.TASK: tuple(_dialogue(*each) for each in dialogues.forms())}
+ASKED = {**FORMS, **UNSEEN}
+
+
 @lru_cache(maxsize=64)
 def examples(task: str, split: str) -> tuple[Example, ...]:
     """All examples of a task in a split: the same in every process."""
     world = build_world()
     rng = random.Random(f"{SEED}.{task}.{split}")
-    pairs = [(form, entity) for form in FORMS[task] for entity in world.of(form.kind, split)]
+    pairs = [(form, entity) for form in ASKED[task] for entity in world.of(form.kind, split)]
     order: list[tuple[Form, Entity]] = []
     while len(order) < COUNTS[split]:
         order += rng.sample(pairs, len(pairs))
@@ -312,7 +324,7 @@ def examples(task: str, split: str) -> tuple[Example, ...]:
 
 @lru_cache(maxsize=1)
 def fingerprint() -> str:
-    """sha256 over every example as text: tells whether a base model was pretrained on this very world."""
+    """sha256 over every example of FORMS as text: tells whether a base was pretrained on this very world."""
     digest = hashlib.sha256()
     for task in FORMS:
         for split in COUNTS:

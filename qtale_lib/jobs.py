@@ -21,9 +21,7 @@ RULES = {
 THETAS = {"none": None, "argmax": 0.5, "zero": 0.0}  # "searched" is found on calibration questions (Sec. 3.4)
 USUAL_RULE = {"full": "none", "dllm": "argmax", "qtale": "argmax", "noisy_full": "zero"}
 WRITTEN_TASK, WRITTEN_BITS = "alpaca", (16, 4)  # of notebook 12: responses to instructions
-SUMMARISED = (
-    "samsum"  # of notebook 12 too: fine-tuned on dialogues and their summaries, beside the paper's grid
-)
+SUMMARISED = "samsum"  # of notebook 12 too: fine-tuned on, beside the paper's grid
 WRITTEN = (WRITTEN_TASK, SUMMARISED)  # tasks without choices, scored by PPL
 AIMED = ("ratio ", "flops ")  # how rules begin that aim at an execution ratio, or at a share of Full's FLOPs
 FIGURE_2_TASKS = ("arc_easy", "arc_challenge", "siqa", "piqa")

@@ -25,9 +25,7 @@ from qtale_lib.sweep import Setting
 from qtale_lib.tables import Table, number, with_interval
 
 AIMS = "theta_aims"  # rules for θ beside the search; theirs is another question (theta_aims.py)
-AWARE = (
-    "training.weight_bits"  # each judged at the width that it was trained for, the others at the fewest bits
-)
+AWARE = "training.weight_bits"  # judged at the width that was trained for, the others at the fewest bits
 COST = "training.rate_target"  # buys accuracy for FLOPs: notebook 08 compares its values, at equal FLOPs
 EFFECTS = ("factor", "value", "default", "method", "bits", "R", "loss_R", "R_change",
            "effect", "low", "high", "tasks", "seeds")  # fmt: skip

@@ -1,4 +1,5 @@
-"""Which tokens skip, as contrasts stated before the runs: two sets of tokens, and which executes more.
+"""Which tokens skip, as contrasts of two sets of tokens: which executes more. Stated when the shares of the
+first seed of tiny and tiny-full had been published, and before those of any other were read.
 
 An effect is the share of the routed layers that the first set's tokens execute, less the second's, in
 points; one of every fine-tuning, all of them on the same prompts. The paper says nothing of this: the

@@ -152,7 +152,7 @@ class PlainWatcher:
         self.said: dict[str, float] = {}
 
     def __enter__(self) -> PlainWatcher:
-        text = f"{self.count} jobs, {self.forecast.workers} at a time"
+        text = f"{self.count} job{'s' * (self.count != 1)}, {self.forecast.workers} at a time"
         self._note("jobs", "", text)
         self.say(text + (f"; log: {short(self.log.path)}" if self.log else ""))
         return self

@@ -95,6 +95,7 @@ def test_fresh_removes_nothing_before_everything_is_checked(earlier, tmp_path, w
 def test_fresh_forgets_the_profile_and_with_only_what_is_asked_for(earlier, monkeypatch, given, left):
     reached = []
     monkeypatch.setattr(reproduction, "_compute", lambda *_: reached.append("runs") or [])
+    monkeypatch.setattr(reproduction, "_compute_studies", lambda *_: [])
     monkeypatch.setattr(reproduction, "execute", lambda *_: reached.append("notebooks") or [])
     monkeypatch.setattr(reproduction, "_write_report", lambda *_: reached.append("report") or [])
     stamp = notebooks.Executions(Lab("smoke"), {})._stamp(notebooks.choose("01")[0])
@@ -108,6 +109,7 @@ def test_fresh_forgets_the_profile_and_with_only_what_is_asked_for(earlier, monk
 @pytest.mark.parametrize(("only", "left"), [("01", True), ("11", False)])
 def test_fresh_forgets_a_benchmark_with_its_notebook_alone(earlier, tmp_path, monkeypatch, only, left):
     monkeypatch.setattr(reproduction, "_compute", lambda *_: [])
+    monkeypatch.setattr(reproduction, "_compute_studies", lambda *_: [])
     monkeypatch.setattr(reproduction, "execute", lambda *_: [])
     monkeypatch.setattr(reproduction, "_write_report", lambda *_: [])
     path = tmp_path / "results" / "smoke" / "bench" / "tiny.json"

@@ -248,6 +248,7 @@ BAD = {
     "unknown key": ("      high: 0\n", "      hihg: 0\n"),
     "no θ to sweep": ("plus: qtale", "plus: full"),
     "unknown group": ("groups: [mmlu]", "groups: [mmul]"),
+    "cells and a curve": ("      equal_ratio:", "      cells: {qtale 3 argmax: 1}\n      equal_ratio:"),
     "range of no group": ("{csqa: -1, mmlu: -1, alpaca: -5}", "{csqa: -1, mmlu: -1}"),
 }
 

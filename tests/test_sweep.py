@@ -58,6 +58,7 @@ def test_the_own_value_of_a_factor_is_not_tried_twice(tmp_path):
         ({"evaluated": "test"}, "must be validation"),
         ({"factors": {"training.speed": [1]}}, "names training.speed, which is no setting"),
         ({"factors": {"training.lr": [-1.0]}}, "gives training.lr the value -1.0, which it cannot have"),
+        ({"alongside": {"lora.r": {}}}, "alongside .* names lora.r, which is not varied"),
         ({"factors": {}}, "must be"),
         ({"factors": {"max_steps": 3}}, "must be"),
     ],

@@ -49,7 +49,7 @@ def test_runs_of_alpaca_answer_alpaca_evals_prompts_and_are_paired_on_them(folde
     wanted = needs(lab.profile, "12")
     check(lab, wanted)
     for job in wanted:
-        stages.perform(lab, job, lambda _: None)
+        stages.perform(lab, job, lambda *_: None)
     found = lab.result("responses", task="alpaca", method="qtale", seed=0, bits=16, theta="argmax")
     assert len(found["value"]["ids"]) == 6
     assert all(name.startswith("alpaca_eval/test/") for name in found["value"]["ids"])

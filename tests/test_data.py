@@ -311,7 +311,7 @@ def test_damage_is_named_with_file_line_and_reason(case, tmp_path):
     [
         (["0", "1"], r"valid-labels\.lst, line 3: 2 labels for the 3 rows of valid\.jsonl"),
         (["0", "1", "1", "0"], r"valid-labels\.lst, line 4: 4 labels for the 3 rows"),
-        (["0", "x", "1"], r'valid-labels\.lst, line 2: label "x" is not a number'),
+        (["0", "x", "1"], r"valid-labels\.lst, line 2: label 'x' is not a number"),
         (["0", "2", "1"], r"valid\.jsonl, line 2 \(label in valid-labels\.lst\): label 2 is not one of 0, 1"),
         (None, r"valid-labels\.lst is missing"),
     ],

@@ -78,7 +78,7 @@ def read_jsonl_with_labels(path: Path) -> Iterator[Located]:
             reason = f"{len(labels)} labels for the {len(rows)} rows of {path.name}"
             raise DamagedError(f"{labels_path}, line {number}: {reason}; restore the original files.")
         if not re.fullmatch("[0-9]{1,9}", label.strip()):
-            reason = f'label "{label}" is not a number'
+            reason = f"label {label!r} is not a number"
             raise DamagedError(f"{labels_path}, line {number}: {reason}; restore the original file.")
         yield f"{located[0]} (label in {labels_path.name})", {**located[1], "label": int(label)}
 

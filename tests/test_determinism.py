@@ -64,13 +64,14 @@ def base(tmp_path_factory) -> Path:
 
 
 def settings(base: Path, **changes: Any) -> Profile:
-    return profile(base, tasks=["arc_easy", "alpaca"], methods=["dllm", "qtale"], bits=[16, 4], **changes)
+    grid = {"tasks": ["arc_easy", "alpaca"], "methods": ["dllm", "qtale"], "bits": [16, 4]}
+    return profile(base, **grid, generation={"summaries": False}, **changes)
 
 
 def computed(chosen: Profile, root: Path, runner: Runner = run_here) -> Lab:
     """Every result of a profile, with the tables and the figures' data."""
     lab = Lab(chosen, root)
-    compute(lab, [*jobs.all_jobs(chosen), *jobs.response_jobs(chosen), *jobs.token_jobs(chosen)], runner)
+    compute(lab, jobs.wanted_by(chosen, ("05", "12")), runner)
     store = Measurements(lab)
     for table in TABLES:
         tables.save(table(store), lab.tables)

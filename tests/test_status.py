@@ -16,6 +16,7 @@ from test_cli import qtale
 from qtale_lib import status
 from qtale_lib.lab import Lab
 from qtale_lib.log import logged
+from qtale_lib.notebooks import choose
 from qtale_lib.store import is_held, write_json
 
 TIME = r"\d\d:\d\d:\d\d"
@@ -32,12 +33,12 @@ def test_before_a_run_it_says_what_there_is_to_do_and_where_it_will_be(tmp_path)
     done = qtale("status", "--profile", "smoke", QTALE_RESULTS_DIR=str(tmp_path))
     *stages, report, figures, store = done.stdout.splitlines()
     assert done.returncode == 0 and stages == [
-        "fine-tunings         0 of 6",
-        "results at 16 bit    0 of 6",
-        "results at 4 bit     0 of 6",
-        "responses            0 of 6",
+        "fine-tunings         0 of 9",
+        "results at 16 bit    0 of 9",
+        "results at 4 bit     0 of 9",
+        "responses            0 of 12",
         "token routes         0 of 2",
-        "notebooks            0 of 14",
+        f"notebooks            0 of {len(choose())}",
     ]
     assert report == f"report: {tmp_path}/smoke/report/index.html, not written yet"
     assert store == f"store: {tmp_path}/smoke/store" and figures.startswith("figures: ")
@@ -58,7 +59,7 @@ def test_of_a_living_run_it_says_since_when_how_far_and_at_which_jobs(lab):
         log.write("at", "a", "35 %, epoch 3.5 of 10, loss 1.2, R 0.6, 0.61 GiB, 2 min 05 s left")
         log.write("put off", "b", "another process is at it")
         lines = status.describe([lab])
-        assert "notebooks            1 of 14" in lines
+        assert f"notebooks            1 of {len(choose())}" in lines
         began = lines.index(f"log: {log.path.relative_to(Path.cwd())}") - 3
         assert re.fullmatch(
             rf"running for \d+ s, since {TIME}: .*process {os.getpid()} on .+", lines[began]

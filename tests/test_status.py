@@ -61,9 +61,7 @@ def test_of_a_living_run_it_says_since_when_how_far_and_at_which_jobs(lab):
         lines = status.describe([lab])
         assert f"notebooks            1 of {len(choose())}" in lines
         began = lines.index(f"log: {log.path.relative_to(Path.cwd())}") - 3
-        assert re.fullmatch(
-            rf"running for \d+ s, since {TIME}: .*process {os.getpid()} on .+", lines[began]
-        )
+        assert re.fullmatch(rf"running for \d+ s, since {TIME}: .*process {os.getpid()} on .+", lines[began])
         assert re.fullmatch(
             rf"  {TIME}  a: 35 %, epoch 3.5 .*, 2 min 05 s left \(since {TIME}\)", lines[began + 1]
         )

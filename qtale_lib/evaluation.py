@@ -119,7 +119,7 @@ def _score_batch(
 ) -> None:
     device = model.get_input_embeddings().weight.device
     valid = pad_right([[True] * len(ids) for ids in fed], False).to(device)
-    hidden, executed = _hidden_states(model, pad_right(fed, 0).to(device), valid)
+    hidden, executed = hidden_states(model, pad_right(fed, 0).to(device), valid)
     scores.count.add(executed, valid, reserved_tokens(model))
     starts = [min(len(pairs[index][0]) for index in indices) - 1 for indices in members]
     needed = torch.cat(
@@ -146,14 +146,14 @@ def _score_batch(
 def _not_finite(model: nn.Module, fed: list[tuple[int, ...]], valid: Tensor) -> str:
     """One sentence naming the first decoder layer whose output on a batch is not finite."""
     ids = pad_right(fed, 0).to(valid.device)
-    layer = first_non_finite_layer(model.get_decoder().layers, lambda: _hidden_states(model, ids, valid))
+    layer = first_non_finite_layer(model.get_decoder().layers, lambda: hidden_states(model, ids, valid))
     return (
         f"The model gives numbers that are not finite: the first appear {place(layer)}; its weights are "
         "damaged or too large for their type."
     )
 
 
-def _hidden_states(model: nn.Module, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
+def hidden_states(model: nn.Module, input_ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
     """Last hidden states [B, T, d], and what executed, bool [L, B, T] (None where all layers do)."""
     forward = partial(model.get_decoder(), input_ids=input_ids, attention_mask=valid.long(), use_cache=False)
     if not any(".router." in name for name, _ in model.named_parameters()):

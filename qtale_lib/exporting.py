@@ -25,7 +25,7 @@ from matplotlib.colors import is_color_like
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 
-from qtale_lib import benchmark_figures, figures, sensitivity, study_figures
+from qtale_lib import benchmark_figures, explore_figures, figures, sensitivity, study_figures
 from qtale_lib.errors import UserError
 from qtale_lib.lab import Lab
 from qtale_lib.provenance import ROOT
@@ -45,6 +45,7 @@ DRAWN: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "bench_memory": benchmark_figures.memory,
     "figure_12_win_rates": figures.win_rates,
     "figure_12_skipping": figures.token_skipping,
+    "figure_13_explored": explore_figures.explored,
     "execution_ratio_curves": study_figures.pareto,
     "quantizers": study_figures.compression,
     "sensitivity_theta_aims_drawn": study_figures.aims,

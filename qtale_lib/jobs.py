@@ -161,6 +161,9 @@ def needs(profile: Profile, notebook: str) -> list[Job]:
     if number in ("02", "03", "04"):  # their verdicts rest on every CSQA task, not on those drawn alone
         judged = [task for task in CSQA if task in profile.tasks] or profile.tasks
         return [Job(run) for run in routed if run.task in judged]
+    if number == "13":  # other tasks can be asked there as well, where their runs are in the store
+        task, seed = probed_task(profile), profile.seeds[0]
+        return _with_bits([Run(task, method, seed) for method in profile.methods], profile.bits)
     if number == "12":
         written = response_jobs(profile)
         before = [Job(job.run, bits) for job in written for bits in (None, job.bits)]

@@ -45,6 +45,8 @@ TEMPLATES = report_stamp.TEMPLATES
 FILE_TYPES = ("pdf", "svg", "csv", "tex", "md")
 SHOWN_TYPES = ["text/markdown", "image/png", "text/plain"]
 FOLD_FROM = 40  # rows of a table
+WIDGET = "application/vnd.jupyter.widget-view+json"
+NEEDS_JUPYTER = "A panel to work with, in JupyterLab alone: open the notebook there and run all cells."
 
 
 @dataclass
@@ -174,6 +176,8 @@ def _shown(executed: NotebookNode, lab: Lab, root: str) -> NotebookNode:
         if cell.cell_type == "markdown":
             heading = (re.findall(r"^#+ (.+)$", cell.source, re.M) or [heading])[-1]
         for output in cell.get("outputs", []):
+            if WIDGET in output.get("data", {}):
+                output.data = {"text/markdown": NEEDS_JUPYTER}
             data = output.get("data", {})
             if "image/png" in data:
                 output.metadata["shown"] = _drawn(output, heading, lab, root)

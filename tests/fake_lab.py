@@ -44,7 +44,7 @@ def profile(**changes: Any) -> SimpleNamespace:
         "routing": SimpleNamespace(hidden=None, always_run_layers=ALWAYS_RUN, always_run_tokens=2),
         "theta_sweep": [], "data": "microworld", "data_dir": None,
         "judge": SimpleNamespace(kind="exact"), "generation": SimpleNamespace(prompts=20, summaries=True),
-        "theta_aims": [],
+        "theta_aims": [], "prompt": "compact",
     }  # fmt: skip
     assert set(changes) <= set(fields)
     return SimpleNamespace(**{**fields, **changes}, digest=lambda *sections: "0" * 16)
@@ -79,7 +79,7 @@ class FakeLab:
         }
 
     def examples(self, task: str, split: str) -> list[Any]:
-        if task in ("alpaca", "samsum") and split == "test":
+        if split == "test":
             return load_task(task, split)[: self.questions]
         return [SimpleNamespace(facts=(f"{task}{i // 3}",)) for i in range(USED[split])]
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from qtale_lib import (
     benchmark_report,
     execution_ratio,
+    explore_figures,
     exporting,
     figures,
     noise,
@@ -67,6 +68,22 @@ def skipping() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "by", "name", "tokens", "layer", "ratio"])
 
 
+def explored() -> pd.DataFrame:
+    """Two tokens by three layers in two models, one of which reads "NA"; two tokens to come."""
+    rows = [
+        ("route", side, f"{side}\nR 50 %", place, f"{place} {token}", layer, (place + layer) % 2)
+        for side in explore_figures.SIDES
+        for place, token in enumerate(("NA", "$x$"))
+        for layer in range(3)
+    ]
+    rows += [
+        ("next", side, side, place, f"“{token}”", None, (1 + place) / 4)
+        for side in explore_figures.LOOKS
+        for place, token in enumerate(("NA", "x"))
+    ]
+    return pd.DataFrame(rows, columns=explore_figures.COLUMNS)
+
+
 FRAMES = {
     "figure_1_overview": lambda: overview.frame(STORE),
     "figure_2_layer_execution_dllm": lambda: STORE.ratios_by_layer("dllm"),
@@ -81,6 +98,7 @@ FRAMES = {
     "bench_memory": lambda: benchmark_report.memory_frame(made_up()),
     "figure_12_win_rates": win_rates,
     "figure_12_skipping": skipping,
+    "figure_13_explored": explored,
     "execution_ratio_curves": lambda: execution_ratio.frame(STUDIES["08"]),
     "quantizers": lambda: quantizers.frame(test_quantizers.study(test_quantizers.flat, 30, **SMALL)),
     "sensitivity_theta_aims_drawn": lambda: theta_aims.frame(STUDIES["10"]),

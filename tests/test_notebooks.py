@@ -11,12 +11,19 @@ import nbformat
 import pytest
 from fake_bench import made_up, stopped
 from fake_lab import FakeLab
+from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from qtale_lib import (
     benchmark_report,
     claims,
-    studies,  # noqa: F401 (imported before Lab is replaced: studies keep labs of their own)
+    explore,  # noqa: F401 (imported before Lab is replaced, as are the studies, which keep labs of their own)
+    studies,  # noqa: F401
 )
+from qtale_lib.adaptive import add_routers
+from qtale_lib.base import load_tokenizer
+from qtale_lib.data.microworld import base_directory
+from qtale_lib.jobs import Run
 from qtale_lib.store import write_json
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -35,6 +42,7 @@ NAMES = [
     "10_sensitivity",
     "11_latency_and_memory",
     "12_generation",
+    "13_explore",
     "14_paper_arithmetic",
 ]
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem[:2])
@@ -105,6 +113,7 @@ def test_it_ends_with_its_claims_and_the_setting_comes_first(path):
     shown = [source for source in sources if not is_set_up(source)]
     assert "results.setting(store)" in shown[0]
     ends = {"00": "claim_tables.verdict_table(verdicts", "11": "benchmark_report.target_table("}
+    ends |= {"13": "tables.beside_reference("}  # of a single text no claim is made
     ends |= {
         "08": "claims.judged(study",
         "09": "claims.judged(study",
@@ -142,10 +151,18 @@ def fake_lab(folder: Path, **parts) -> FakeLab:
     return lab
 
 
+def any_model(lab: FakeLab, run: Run, bits: int) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The embedded base, with routers where the run has some."""
+    folder = base_directory()
+    model = LlamaForCausalLM.from_pretrained(folder, dtype="float32")
+    return (add_routers(model) if run.routed else model).eval(), load_tokenizer(folder)
+
+
 def run_cells(path: Path, lab: FakeLab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cells in order, in one namespace, with a made-up lab in place of the profile's."""
     monkeypatch.setenv("QTALE_RESULTS_DIR", str(lab.directory / "results"))
     monkeypatch.setattr("qtale_lib.lab.Lab", lambda profile: lab)
+    monkeypatch.setattr("qtale_lib.explore.prepared_model", any_model)
     monkeypatch.chdir(FOLDER)
     monkeypatch.syspath_prepend(".")
     namespace: dict = {}

@@ -80,6 +80,12 @@ def test_tables_and_figures_stand_with_their_files_and_missing_notebooks_are_nam
     assert 'href="../files/figure_4_gumbel.csv"' in book and "import" in book
 
 
+def test_in_place_of_a_panel_it_says_where_that_works(lab):
+    executed(lab, shown(**{report.WIDGET.replace("/", "_"): "{}", "text_plain": "VBox(children=())"}))
+    page = report.build(lab).read_text()
+    assert "in JupyterLab alone" in page and "VBox" not in page
+
+
 def test_nothing_from_a_notebook_is_run(lab):
     outputs = [
         shown(text_html=HOSTILE, text_plain=HOSTILE),

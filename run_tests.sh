@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Sets up on first use, then lints and tests: ./run_tests.sh [--all] [arguments for pytest]
-# --all adds the tests marked slow, and to .venv the Ray that some of them need. One end-to-end run of every notebook
+# --all adds the tests marked slow, and to .venv what some of them need, Ray and Playwright. One end-to-end run of every notebook
 # is among the tests.
 set -eu
 
 marked=(-m "not slow")
-WITH_CLUSTER=
+WITH_EXTRAS=
 if [ "${1:-}" = --all ]; then
   shift
   # shellcheck disable=SC2034 # read by what is sourced
-  WITH_CLUSTER=cluster
+  WITH_EXTRAS="cluster browser"
   marked=(-m "slow or not slow")
 fi
 

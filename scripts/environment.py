@@ -1,8 +1,8 @@
 """What scripts/setup_env.sh asks of an environment. Run by its Python; needs the standard library alone.
 
-check          say which pins of pyproject.toml this environment does not hold; exit 1 if there are any
-check cluster  the same, with the extra [cluster]
-forget-halves  remove the records of packages whose installation was cut off, so that pip installs them again
+check                  say which pins of pyproject.toml this environment does not hold; exit 1 if there are any
+check cluster browser  the same, with these extras
+forget-halves          remove the records of packages whose installation was cut off, so that pip installs them again
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from itertools import chain
 from pathlib import Path
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
-ON_REQUEST = "cluster"
+ON_REQUEST = ("cluster", "browser")
 
 
-def pins(with_cluster: bool) -> dict[str, str]:
+def pins(asked: tuple[str, ...]) -> dict[str, str]:
     """Version by package name, of all that pyproject.toml pins for this system."""
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"].items()
-    wanted = [pins for extra, pins in extras if with_cluster or extra != ON_REQUEST]
+    wanted = [pins for extra, pins in extras if extra in asked or extra not in ON_REQUEST]
     requirements = [*project["dependencies"], *chain(*wanted)]
     split = (requirement.partition(";") for requirement in requirements)
     applying = (pin for pin, _, marker in split if "linux" not in marker or sys.platform == "linux")
@@ -41,7 +41,7 @@ def installed(name: str) -> str | None:
 def check(*extra: str) -> int:
     differing = [
         f"{name} is {installed(name) or 'missing'}, not {pin}"
-        for name, pin in pins(ON_REQUEST in extra).items()
+        for name, pin in pins(extra).items()
         if installed(name) != pin
     ]
     if differing:

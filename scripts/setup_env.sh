@@ -9,7 +9,8 @@
 #   PYTHON=python3.12          the interpreter that .venv is made with (3.11 to 3.13)
 #   QTALE_TORCH_INDEX=URL      the package index that torch's CPU, CUDA or ROCm build is taken from
 #
-# The script that sources it sets WITH_CLUSTER=cluster if it needs Ray, which .venv then gets from its own lock file.
+# The script that sources it names in WITH_EXTRAS the extras that it needs, which .venv then gets from lock files of their
+# own: cluster (Ray), browser (Playwright).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
@@ -40,8 +41,8 @@ find_python() {
     "$("${PYTHON:-python3}" -V 2>/dev/null || echo not there); install one, or name it: PYTHON=python3.12 $0"
 }
 
-# shellcheck disable=SC2086 # nothing, or one word
-holds_pins() { "$1" "$ROOT/scripts/environment.py" check ${WITH_CLUSTER:-} 2>/dev/null; }
+# shellcheck disable=SC2086 # nothing, or words
+holds_pins() { "$1" "$ROOT/scripts/environment.py" check ${WITH_EXTRAS:-} 2>/dev/null; }
 
 # What .venv has to be, in words: its Python, the pins, and where it lies.
 wanted_stamp() {
@@ -93,19 +94,22 @@ set_up() {
   say "Ready after $((SECONDS - started)) s."
 }
 
-add_cluster() {
+add_extras() {
+  local extra
   "$VENV/bin/python" "$ROOT/scripts/environment.py" forget-halves
   if holds_pins "$VENV/bin/python"; then return; fi
-  say "Adding Ray from requirements-cluster.lock (0.1 GB)."
-  pip_install --require-hashes --no-deps -r "$ROOT/requirements-cluster.lock" ||
-    fail "requirements-cluster.lock could not be installed; read pip's message above, then call this again."
+  for extra in $WITH_EXTRAS; do
+    say "Adding requirements-$extra.lock (0.1 GB)."
+    pip_install --require-hashes --no-deps -r "$ROOT/requirements-$extra.lock" ||
+      fail "requirements-$extra.lock could not be installed; read pip's message above, then call this again."
+  done
 }
 
 activate() {
   local active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
   if [ -z "$active" ] || ! holds_pins "$active/bin/python"; then
     is_ready || set_up
-    if [ -n "${WITH_CLUSTER:-}" ]; then add_cluster; fi
+    if [ -n "${WITH_EXTRAS:-}" ]; then add_extras; fi
     active=$VENV
     export VIRTUAL_ENV=$VENV
   fi

@@ -29,9 +29,10 @@ def split(requirement: str) -> tuple[str, str, str]:
 
 DIRECT = [split(pin) for pin in PROJECT["dependencies"]]
 EXTRAS = {extra: [split(pin) for pin in pins] for extra, pins in PROJECT["optional-dependencies"].items()}
-CLUSTER = EXTRAS.pop("cluster")  # asked for by ./run_tests.sh --all alone
+CLUSTER, BROWSER = (EXTRAS.pop(extra) for extra in ("cluster", "browser"))  # for ./run_tests.sh --all alone
 EXTRA = [pin for pins in EXTRAS.values() for pin in pins]
-LOCKS = {name: (ROOT / f"{name}.lock").read_text() for name in ("requirements", "requirements-cluster")}
+FILES = ("requirements", "requirements-cluster", "requirements-browser")
+LOCKS = {name: (ROOT / f"{name}.lock").read_text() for name in FILES}
 
 
 def locked(name: str) -> list[tuple[str, str, str]]:
@@ -59,15 +60,22 @@ def test_the_lock_holds_each_direct_pin(name, version, marker):
     assert (name, version, marker) in LOCKED
 
 
-def test_ray_is_added_to_what_the_lock_holds_and_changes_nothing_of_it():
-    added = locked("requirements-cluster")
-    assert set(CLUSTER) < set(added) and not set(CLUSTER) & set(LOCKED)
+@pytest.mark.parametrize(
+    ("lock", "direct", "new"),
+    [
+        ("requirements-cluster", CLUSTER, {"grpcio", "msgpack", "protobuf", "ray"}),
+        ("requirements-browser", BROWSER, {"axe-playwright-python", "greenlet", "playwright"}),
+    ],
+)
+def test_an_extra_is_added_to_what_the_lock_holds_and_changes_nothing_of_it(lock, direct, new):
+    added = locked(lock)
+    assert set(direct) < set(added) and not set(direct) & set(LOCKED)
     main = {name: (version, marker) for name, version, marker in LOCKED}
     assert [pin for pin in added if pin[0] in main and pin[1:] != main[pin[0]]] == []
-    assert {name for name, _, _ in added} - set(main) == {"grpcio", "msgpack", "protobuf", "ray"}
+    assert {name for name, _, _ in added} - set(main) == new
 
 
-@pytest.mark.parametrize(("lock", "least"), [("requirements", 100), ("requirements-cluster", 4)])
+@pytest.mark.parametrize(("lock", "least"), list(zip(FILES, (100, 4, 3), strict=True)))
 def test_a_lock_is_hashed_whole_and_names_no_place(lock, least):
     entries = re.split(r"\n(?=[a-z])", LOCKS[lock].split("\n", 2)[2])
     assert len(entries) == len(locked(lock)) >= least
@@ -112,10 +120,10 @@ case "$1 $2" in
       *--require-hashes*) [ ! -e "{root}/no-network" ] ;;
       *"show --quiet"*) exit 1 ;;
     esac || exit
-    case "$*" in *cluster.lock*) touch "$0.holds-cluster" ;; esac ;;
+    case "$*" in *browser.lock*) touch "$0.holds-extras" ;; esac ;;
   *environment.py*) echo "$2" >> "{root}/calls.txt"
     [ "$2" = forget-halves ] && exit
-    [ -e "{root}/holds-pins" ] && [ "$3" != cluster -o -e "$0.holds-cluster" ] ;;
+    [ -e "{root}/holds-pins" ] && [ "$3" != cluster -o -e "$0.holds-extras" ] ;;
   "-m qtale_lib" | "-m pytest") echo "CALLED $* IN $VIRTUAL_ENV" ;;
 esac
 """
@@ -134,6 +142,7 @@ def checkout(tmp_path):
         "pyproject.toml",
         "requirements.lock",
         "requirements-cluster.lock",
+        "requirements-browser.lock",
     ):
         shutil.copy(ROOT / name, root / name)
     (root / "holds-pins").touch()
@@ -220,15 +229,15 @@ def test_new_pins_are_installed_over_the_old(checkout, change):
     assert any("--require-hashes" in call for call in calls(checkout))
 
 
-def test_all_tests_and_they_alone_add_ray(checkout):
+def test_all_tests_and_they_alone_add_ray_and_playwright(checkout):
     def asked(*arguments: str, **variables: str) -> list[str]:
         done = run_all(checkout, *arguments, **variables)
         assert done.returncode == 0 and "CALLED" in done.stdout, done.stderr
-        return [call for call in calls(checkout) if "cluster.lock" in call]
+        return [call for call in calls(checkout) if re.search("(cluster|browser).lock", call)]
 
     assert asked() == [] and asked(script="run_tests.sh") == []
-    (added,) = asked("--all", script="run_tests.sh")
-    assert "--require-hashes --no-deps" in added
+    added = asked("--all", script="run_tests.sh")
+    assert len(added) == 2 and all("--require-hashes --no-deps" in call for call in added)
     assert asked("--all", script="run_tests.sh") == [] and asked() == []
 
 

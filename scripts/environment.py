@@ -1,8 +1,8 @@
 """What scripts/setup_env.sh asks of an environment. Run by its Python; needs the standard library alone.
 
-check                  say which pins of pyproject.toml this environment does not hold; exit 1 if there are any
+check                  say which pins of pyproject.toml this environment lacks; exit 1 if there are any
 check cluster browser  the same, with these extras
-forget-halves          remove the records of packages whose installation was cut off, so that pip installs them again
+forget-halves          forget packages whose installation was cut off, so that pip installs them again
 """
 
 from __future__ import annotations

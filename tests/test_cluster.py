@@ -239,9 +239,10 @@ def test_a_task_that_dies_is_done_again_and_one_that_fails_is_not(two_nodes, tmp
     assert log.read_text().split() == ["first", "second"] and recovering.read_text().split() == ["x", "x"]
     assert received == {"recovers": "done at last", "first": None, "second": None}
     assert "ValueError: no good" in outcomes["fails"].error and "Traceback" in outcomes["fails"].detail
-    assert (outcomes["refuses"].error, outcomes["refuses"].refused) == ("do this instead", True)
+    assert (outcomes["refuses"].error, outcomes["refuses"].refused) == ("do this instead", 2)
     assert "4 times" in outcomes["dies"].error
-    assert ("recovers", 0.5, "half way") in watcher.reports  # those of what ends at once may not be seen
+    # what a task that ends at once has reported may not be seen; of four, some is
+    assert {report[1:] for report in watcher.reports} == {(0.5, "half way")}
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up on first use, then lints and tests: ./run_tests.sh [--all] [arguments for pytest]
-# --all adds the tests marked slow, and to .venv what some of them need, Ray and Playwright. One end-to-end run of every notebook
-# is among the tests.
+# --all adds the tests marked slow, and to .venv what some of them need, Ray and Playwright. One end-to-end run of every
+# notebook is among the tests.
 set -eu
 
 marked=(-m "not slow")

@@ -112,7 +112,7 @@ def _versions() -> Finding:
     if not script.is_file():
         return "warning", "not held against the pins, which lie in the checkout only; run from there"
     tools = runpy.run_path(str(script))
-    pins = tools["pins"](with_cluster=False)
+    pins = tools["pins"](())
     others = [f"{name} is {tools['installed'](name) or 'missing'}, not {pin}"
               for name, pin in pins.items() if tools["installed"](name) != pin]  # fmt: skip
     if others:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import httpx
-from environment import pins
+from environment import ON_REQUEST, pins
 
 ROOT = Path(__file__).parent.parent
 URL = "https://api.osv.dev/v1/querybatch"
@@ -25,7 +25,7 @@ PIN = re.compile(r"^([a-z0-9][a-z0-9._-]*)==([^ ;\\]+)", re.M)
 def pinned() -> list[tuple[str, str]]:
     """(name, version) of all pins: those of the locks, and the direct ones, of which torch is in no lock."""
     locked = [pin for lock in ROOT.glob("requirements*.lock") for pin in PIN.findall(lock.read_text())]
-    return sorted({*locked, *pins(with_cluster=True).items()})
+    return sorted({*locked, *pins(ON_REQUEST).items()})
 
 
 def known(asked: list[tuple[str, str]]) -> list[list[str]]:

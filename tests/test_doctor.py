@@ -157,7 +157,7 @@ def test_damage_is_found_here_too_and_does_not_stop_the_rest(places, small):
 
 def test_another_version_than_pinned_is_a_warning(places, monkeypatch, small):
     tools = {
-        "pins": lambda with_cluster: {"torch": "0.1", "numpy": "2"},
+        "pins": lambda asked: {"torch": "0.1", "numpy": "2"},
         "installed": {"torch": "9", "numpy": "2"}.get,
     }
     monkeypatch.setattr(doctor.runpy, "run_path", lambda path: tools)

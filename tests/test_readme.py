@@ -14,9 +14,11 @@ from qtale_lib.config import load_profile
 from qtale_lib.efficiency import ON_THE_HUB
 from qtale_lib.errors import DamagedError, MachineError, UserError
 from qtale_lib.estimates import Speed
-from qtale_lib.jobs import all_jobs
+from qtale_lib.jobs import Run, all_jobs, needs
+from qtale_lib.notebooks import choose
 from qtale_lib.profile_files import SHIPPED
 from qtale_lib.provenance import ROOT
+from qtale_lib.store import read_json
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROFILE = re.search(r"^## What a run of `(.+)` shows$", README, re.M)[1]
@@ -46,6 +48,28 @@ def test_its_results_are_those_of_the_committed_tables():
                 else:
                     value = ablation[bits, METHODS[method], "adjust" if theta == "searched" else theta, group]
                 assert said == f"{value:.{len(said.partition('.')[2])}f}", (label, name, bits)
+
+
+def test_verdicts_and_minutes_of_notebooks_are_those_of_the_committed_runs():
+    reference, tiny = ROOT / "results" / "reference", load_profile("tiny")
+    verdicts = pd.read_csv(reference / PROFILE / "tables" / "claims.csv", dtype={"notebook": str})
+    results = read_json(reference / "tiny" / "results.json")
+    rows = re.findall(r"^\| `(\d\d_\w+)` \|.*\| (.*) \| (\d+) \|$", README, re.M)
+    assert sorted(name for name, *_ in rows) == sorted(book.stem for book in choose())
+    for name, said, minutes in rows:
+        counted = verdicts[verdicts.notebook == name[:2]].verdict.value_counts()
+        told = {verdict: int(count) for count, verdict in re.findall(r"(\d+) ([a-z ]+)", said)}
+        assert told == {v.removesuffix(" here"): count for v, count in counted.items()}, name
+        jobs = needs(tiny, f"{name}.ipynb")
+        runs, cells = {job.run for job in jobs}, {(job.run, job.bits) for job in jobs if job.bits}
+        seconds = 0.0
+        for kind in ("finetune", "threshold", "evaluation"):
+            for result in results[kind]:
+                spec = result["spec"]
+                run = Run(spec["task"], spec["method"], spec["seed"])
+                if run in runs if kind == "finetune" else (run, spec["bits"]) in cells:
+                    seconds += result["provenance"]["seconds"]
+        assert int(minutes) == round(seconds / 2 / 60), name
 
 
 def test_its_estimates_are_the_estimators():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,6 +141,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     last = start()
     said = last.communicate(timeout=900)[0]
     assert last.returncode == 0, said
-    assert "0 jobs, 18 there already" in said
+    assert re.search(r"\b0 jobs, [1-9]\d* there already", said)
     assert computed == finished("store/*/*.json") and before.items() <= finished("notebooks/*.json").items()
     assert len(finished("notebooks/*.json")) == len(NOTEBOOKS)

@@ -169,7 +169,7 @@ def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
 
 def test_notebooks_are_chosen_by_number_and_the_scoreboard_goes_last():
     assert [path.name[:2] for path in notebooks.choose("5, 00,03")] == ["03", "05", "00"]
-    assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 14
+    assert notebooks.choose()[-1].name.startswith("00") and len(notebooks.choose()) == 15
     with pytest.raises(UserError, match="There is no notebook 42"):
         notebooks.choose("42")
 

@@ -73,7 +73,7 @@ pytestmark = pytest.mark.timeout(1800)
 def test_it_ends_well_and_says_what_took_how_long(first):
     assert first.returncode == 0, first.stdout + first.stderr
     assert (
-        "26 jobs, 0 there already" in first.stdout
+        "41 jobs, 0 there already" in first.stdout
         and f"{len(NOTEBOOKS)} executed, 0 up to date" in first.stdout
     )
     assert "left" in first.stdout
@@ -144,7 +144,7 @@ def test_no_token_is_in_what_is_said_or_written(first, places):
 
 def test_again_it_computes_and_executes_nothing(lab, places):
     again = run(places)
-    assert again.returncode == 0 and "0 jobs, 26 there already" in again.stdout
+    assert again.returncode == 0 and "0 jobs, 41 there already" in again.stdout
     assert f"0 executed, {len(NOTEBOOKS)} up to date" in again.stdout
     assert re.search(r"^report +\d+ s   up to date: ", again.stdout, re.M)
 

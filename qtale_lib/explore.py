@@ -33,7 +33,7 @@ from qtale_lib.evaluation import hidden_states
 from qtale_lib.explore_figures import COLUMNS, SIDES, explored
 from qtale_lib.generation import prompt_ids
 from qtale_lib.jobs import ROUTED, Run, probed_task
-from qtale_lib.lab import SMALL_BYTES, Lab, run_spec
+from qtale_lib.lab import Lab, run_spec
 from qtale_lib.measurements import quantized_bits
 from qtale_lib.paper import METHODS, TASK_LABELS
 from qtale_lib.stages import be_quiet, prepared_model
@@ -110,7 +110,7 @@ class Reader:
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        kept = None if lab.base()["bytes"] < SMALL_BYTES else len(SIDES) + 1
+        kept = None if lab.is_small() else len(SIDES) + 1
         self._model = functools.lru_cache(kept)(self._loaded)
         self.read = functools.lru_cache(READINGS)(self._read)
 

@@ -58,7 +58,7 @@ SPLITS_READ = {
 READ_OFF = ("responses", "token_routes")  # what is read off models by prompts of notebook 12
 READ_ONLY = "QTALE_READ_ONLY"
 PATIENCE = 1.0  # seconds to wait for another process, before other jobs are looked at
-SMALL_BYTES = 2**28  # a base below leaves a GPU idle most of the time: several workers share it
+SMALL_BYTES = 2**28
 WITHOUT_EFFECT = ("eval_batch_size", "save_steps")
 ONLY_ROUTED = ("router_lr", "lambda1", "lambda2", "rate_target", "rate_loss", "tau")
 UNUSED = {"full": (*ONLY_ROUTED, "noise"), "noisy_full": ONLY_ROUTED, "dllm": ("lambda2",), "qtale": ()}
@@ -406,8 +406,8 @@ class Lab:
         missing = self.missing(wanted)
         if not missing:
             return []
-        small = self.base()["bytes"] < SMALL_BYTES
-        slots = worker_slots(len(missing), check_fit(self, missing), small, self.profile.compute.processes)
+        need, processes = check_fit(self, missing), self.profile.compute.processes
+        slots = worker_slots(len(missing), need, self.is_small(), processes)
         tasks = [self.task(job) for job in missing]
         with watcher(tasks, len(slots), self.directory) as watching:
             return run_tasks(tasks, slots, watching)
@@ -419,6 +419,10 @@ class Lab:
         sweep(self.directory)
         sweep(self.figures)
         return [job for job in wanted if not self.is_done(job)]
+
+    def is_small(self) -> bool:
+        """Whether the base leaves a GPU idle most of the time, so that several workers may share it."""
+        return self.base()["bytes"] < SMALL_BYTES
 
     def model_bytes(self) -> int:
         """Bytes of the base's parameters in the profile's dtype."""

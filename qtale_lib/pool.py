@@ -68,6 +68,7 @@ class Outcome:
 class _Worker:
     process: Any
     connection: Connection
+    slot: dict[str, str]
     task: Task | None = None
     started: float = 0.0
 
@@ -89,6 +90,26 @@ class Watcher(Protocol):
 
     def ended(self, task: Task, outcome: Outcome) -> None:
         """The task is over, one way or another."""
+
+
+_kept: list[_Worker] | None = None  # idle ones, within workers_kept
+
+
+@contextlib.contextmanager
+def workers_kept() -> Iterator[None]:
+    """Within it a worker that has nothing left to do stays for the next `run_tasks`, with the libraries that
+    it has loaded: many small pools, one after another, then start as one.
+    """
+    global _kept
+    if _kept is not None:
+        yield
+        return
+    _kept = []
+    try:
+        yield
+    finally:
+        idle, _kept = _kept, None
+        _dismiss(idle)
 
 
 def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: Watcher) -> list[Outcome]:
@@ -119,11 +140,11 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: W
                 task = None if worker and worker.task else next_task(pending, outcomes)
                 if task:
                     watcher.started(task)
-                    workers[index] = _give(worker or _start(slots[index]), pending.pop(task.name))
+                    workers[index] = _give(worker or _hire(slots[index]), pending.pop(task.name))
             for index in _busy(workers):
                 workers[index] = _listen(workers[index], watcher, finish)
     finally:
-        _dismiss([worker for worker in workers if worker])
+        _let_go([worker for worker in workers if worker])
     return list(outcomes.values())
 
 
@@ -215,6 +236,23 @@ def _listen(worker: _Worker, watcher: Watcher, finish: Callable) -> _Worker | No
     return None
 
 
+def _hire(slot: dict[str, str]) -> _Worker:
+    """A worker with the slot's environment: a kept one, or a new one."""
+    for worker in _kept or ():
+        if worker.slot == slot and worker.process.is_alive():
+            _kept.remove(worker)
+            return worker
+    return _start(slot)
+
+
+def _let_go(workers: list[_Worker]) -> None:
+    """Keep the idle ones, if they are to be kept, and end the others."""
+    if _kept is not None:
+        _kept.extend(worker for worker in workers if not worker.task)
+        workers = [worker for worker in workers if worker.task]
+    _dismiss(workers)
+
+
 def _start(slot: dict[str, str]) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -222,7 +260,7 @@ def _start(slot: dict[str, str]) -> _Worker:
     with _environment(slot):  # libraries read thread counts and visible GPUs when they are first imported
         process.start()
     theirs.close()
-    return _Worker(process, ours)
+    return _Worker(process, ours, slot)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ again. Reading needs no torch.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, all_jobs, expected_seconds
 from qtale_lib.lab import Lab, run_spec
 from qtale_lib.measurements import Measurements
-from qtale_lib.pool import Outcome
+from qtale_lib.pool import Outcome, workers_kept
 from qtale_lib.profile_files import read_profile, sets
 from qtale_lib.provenance import ROOT
 from qtale_lib.store import Store, digest
@@ -93,9 +94,13 @@ class Study:
                 lab.store.take(parcel)
 
     def compute(self) -> list[Outcome]:
-        """Compute what is missing; failures are among the outcomes."""
+        """Compute what is missing; failures are among the outcomes.
+
+        Workers stay from setting to setting if the base is small; what they hold is then no matter.
+        """
         self.borrow()
-        return [outcome for lab, wanted in self.jobs() for outcome in lab.compute(wanted)]
+        with workers_kept() if self.labs[0].is_small() else nullcontext():
+            return [outcome for lab, wanted in self.jobs() for outcome in lab.compute(wanted)]
 
     def missing(self) -> list[tuple[Lab, Job]]:
         """The jobs without all their results; of those that settings have in common, each setting's."""

@@ -142,3 +142,8 @@ def perform_on_cluster(*arguments) -> None:
     from qtale_lib.cluster import _perform
 
     _perform(*arguments, lambda *done: None)
+
+
+def note_process(path: Path, report: Report) -> None:
+    """Write the worker's number."""
+    note(path, str(os.getpid()), report)

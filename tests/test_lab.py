@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from pool_work import (
     hold_until_noted,
     note,
     note_if_free,
+    note_process,
     refuse,
     run_here,
     take_part,
@@ -37,8 +39,9 @@ from qtale_lib.errors import UserError
 from qtale_lib.jobs import Job, Run
 from qtale_lib.lab import Lab
 from qtale_lib.machine import Gpu, Machine
-from qtale_lib.pool import Task, run_tasks
+from qtale_lib.pool import Task, run_tasks, workers_kept
 from qtale_lib.preflight import check
+from qtale_lib.progress import PlainWatcher
 from qtale_lib.provenance import Stopwatch
 from qtale_lib.store import Store, digest, locked, read_json, write_json
 
@@ -165,6 +168,24 @@ def test_a_failing_and_a_killed_task_take_only_what_builds_on_them(tmp_path):
     assert [name for name, outcome in outcomes.items() if outcome.refused] == ["refuses"]
     assert "-9" in outcomes["dies"].error
     assert ("first", 0.5, "half way") in watcher.reports
+
+
+def test_kept_workers_serve_pool_after_pool_and_are_gone_afterwards(tmp_path):
+    path, (slot, other) = tmp_path / "numbers", ({"QTALE_SLOT": "a"}, {"QTALE_SLOT": "b"})
+    noted = Task("it", note_process, (path,))
+
+    def once(slot: dict[str, str], task: Task = noted) -> str:
+        (outcome,) = run_tasks([task], [slot], PlainWatcher([task], 1))
+        return outcome.status
+
+    with workers_kept():
+        assert [once(slot), once(slot), once(other), once(slot, Task("it", die)), once(slot)] == [
+            "done", "done", "done", "failed", "done",
+        ]  # fmt: skip
+    assert once(slot) == "done"
+    numbers = path.read_text().split()
+    assert numbers[0] == numbers[1] and len(set(numbers)) == 4
+    assert not any(psutil.pid_exists(int(number)) for number in numbers)
 
 
 def test_the_longest_ready_task_goes_first(tmp_path):

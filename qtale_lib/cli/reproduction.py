@@ -20,7 +20,7 @@ from qtale_lib.jobs import Job, wanted_by
 from qtale_lib.lab import Lab
 from qtale_lib.log import logged, path_in
 from qtale_lib.notebooks import AT_ONCE, Executions, as_task, choose
-from qtale_lib.pool import Outcome
+from qtale_lib.pool import Outcome, workers_kept
 from qtale_lib.preflight import check
 from qtale_lib.progress import Stopclock, span, watcher
 from qtale_lib.status import describe as describe_status
@@ -103,7 +103,8 @@ def _compute(lab: Lab, jobs: list[Job], clock: Stopclock, address: str | None) -
 def _compute_studies(executions: Executions, books: list[Path], clock: Stopclock) -> list[Outcome]:
     """Those of the notebooks' studies that take minutes; for the others there is a command, study."""
     shown = {study.profile.name: study for book in books for study in executions.studies(book)}
-    outcomes = [outcome for study in shown.values() if study.is_small() for outcome in study.compute()]
+    with workers_kept():
+        outcomes = [outcome for study in shown.values() if study.is_small() for outcome in study.compute()]
     if outcomes:
         clock.lap("studies", f"{len(outcomes)} jobs; longer ones by `python -m qtale_lib study`")
     return outcomes

@@ -68,6 +68,9 @@ class FakeLab:
     def ensure(self, notebook_id: str) -> None:
         self.ensured.append(notebook_id)
 
+    def is_small(self) -> bool:
+        return True
+
     def base(self) -> dict[str, Any]:
         parts = {"decoder": LAYERS * 100_000, "embedding": 512 * 128, "lm_head": 0, "norm": 128}
         return {

@@ -88,13 +88,7 @@ def _told(
     world: World, rng: random.Random, entity: Entity, attributes: Sequence[str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """What turns and summary say of an entity, and the facts that they rest on."""
-    told, facts = {"name": entity.name}, []
-    for attribute in attributes:
-        holder = entity
-        for step in attribute.split("."):
-            facts.append(holder.fact(step))
-            holder = world.value(holder, step)
-        told[attribute.replace(".", "_")] = _word(holder)
+    told, facts = world.told(entity, attributes)
     first = attributes[0]
     values = ATTRIBUTES[entity.kind].get(first) or [each.name for each in _alike(world, entity, first)]
     told["wrong"] = rng.choice([value for value in values if value != told[first]])
@@ -102,14 +96,10 @@ def _told(
     if entity.kind == "thing":
         told["done"] = rng.choice(list(words.PHYSICAL_EVENTS))
         told["outcome"] = world.outcomes[world.value(entity, "material"), told["done"]]
-    return told, tuple(dict.fromkeys(facts))
+    return told, facts
 
 
 def _alike(world: World, entity: Entity, relation: str) -> list[Entity]:
     """What the relation could have led to within the entity's split."""
     target = world.value(entity, relation)
     return world.of(target.kind, target.split)
-
-
-def _word(value: str | Entity) -> str:
-    return value.name if isinstance(value, Entity) else value

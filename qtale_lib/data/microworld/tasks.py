@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 from qtale_lib.data.microworld import dialogues, words
-from qtale_lib.data.microworld.world import ATTRIBUTES, SEED, Entity, World, build_world
+from qtale_lib.data.microworld.world import ATTRIBUTES, SEED, Entity, World, build_world, name_of
 from qtale_lib.data.schema import Example
 
 COUNTS = {"train": 4000, "validation": 1000, "calibration": 600, "test": 2400}
@@ -80,7 +80,7 @@ def _premise(world: World, rng: random.Random, attribute: str, entity: Entity) -
     """The fact that a question starts from; or, for some, nothing."""
     if rng.random() >= STATED_SHARE:
         return ""
-    return PREMISES[attribute].format(name=entity.name, value=_name_of(world.value(entity, attribute))) + " "
+    return PREMISES[attribute].format(name=entity.name, value=name_of(world.value(entity, attribute))) + " "
 
 
 def _openbookqa(event: str) -> Form:
@@ -178,25 +178,13 @@ def _boolq(kind: str, attribute: str, verb: str, scene: str) -> Form:
     return Form(kind, make)
 
 
-def _name_of(value: str | Entity) -> str:
-    return value.name if isinstance(value, Entity) else value
-
-
 def _alpaca(kind: str, instruction: str, response: str, attributes: Sequence[str], given: str = "") -> Form:
     """Instruction about an entity; a dotted attribute goes over a relation (`friend.trade`)."""
 
     def make(world: World, rng: random.Random, entity: Entity, slot: int) -> Example:
-        text, facts = {"name": entity.name}, []
-        for attribute in attributes:
-            holder = entity
-            for step in attribute.split("."):
-                facts.append(holder.fact(step))
-                holder = world.value(holder, step)
-            text[attribute.replace(".", "_")] = _name_of(holder)
+        text, facts = world.told(entity, attributes)
         fields = {"instruction": instruction.format(**text), "input": given.format(**text)}
-        return Example(
-            "", "alpaca", fields, response=response.format(**text), facts=tuple(dict.fromkeys(facts))
-        )
+        return Example("", "alpaca", fields, response=response.format(**text), facts=facts)
 
     return Form(kind, make)
 

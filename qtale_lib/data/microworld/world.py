@@ -100,9 +100,27 @@ class World:
         """The value of an attribute (a word) or of a relation (an Entity)."""
         return self.values[entity.fact(attribute)]
 
+    def told(self, entity: Entity, attributes: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+        """Words for a text about an entity, and the facts that they rest on. A dotted attribute goes over a
+        relation: `friend.trade` is called friend_trade.
+        """
+        text, facts = {"name": entity.name}, []
+        for attribute in attributes:
+            holder = entity
+            for step in attribute.split("."):
+                facts.append(holder.fact(step))
+                holder = self.value(holder, step)
+            text[attribute.replace(".", "_")] = name_of(holder)
+        return text, tuple(dict.fromkeys(facts))
+
     def of(self, kind: str, split: str) -> list[Entity]:
         """The entities of a kind that belong to a split."""
         return [entity for entity in self.entities[kind] if entity.split == split]
+
+
+def name_of(value: str | Entity) -> str:
+    """A value as a text says it."""
+    return value.name if isinstance(value, Entity) else value
 
 
 def _balanced(rng: random.Random, values: Sequence[str], count: int) -> list[str]:

@@ -45,7 +45,8 @@ LIKELIEST = 3  # next tokens shown of each model
 READINGS = 64  # kept
 MEGA = 10**6
 PICTURE = Path(__file__).with_name("explore.svg.j2")
-COLOURS = {"full": "#9a9a9a", "left": "#D55E00", "right": "#0072B2"}  # of Okabe and Ito
+*_, BLUE, RED = figures.PALETTES["okabe-ito"]
+COLOURS = {"full": "#9a9a9a", "left": RED, "right": BLUE}
 WHOLE, HALF = widgets.Layout(width="98%"), widgets.Layout(width="50%")
 FITTING = widgets.Layout(width="max-content")
 

@@ -7,7 +7,6 @@ again. Reading needs no torch.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,12 +93,9 @@ class Study:
                 lab.store.take(parcel)
 
     def compute(self) -> list[Outcome]:
-        """Compute what is missing; failures are among the outcomes.
-
-        Workers stay from setting to setting if the base is small; what they hold is then no matter.
-        """
+        """Compute what is missing; failures are among the outcomes."""
         self.borrow()
-        with workers_kept() if self.labs[0].is_small() else nullcontext():
+        with workers_kept():
             return [outcome for lab, wanted in self.jobs() for outcome in lab.compute(wanted)]
 
     def missing(self) -> list[tuple[Lab, Job]]:

@@ -410,7 +410,7 @@ class Lab:
         slots = worker_slots(len(missing), need, self.is_small(), processes)
         tasks = [self.task(job) for job in missing]
         with watcher(tasks, len(slots), self.directory) as watching:
-            return run_tasks(tasks, slots, watching, keep=self.is_small())
+            return run_tasks(tasks, slots, watching)
 
     def missing(self, wanted: Iterable[Job]) -> list[Job]:
         """The jobs without all their results, after a look at what they need; UserError as `compute`."""

@@ -96,12 +96,14 @@ _kept: list[_Worker] | None = None  # idle ones, within workers_kept
 
 
 @contextlib.contextmanager
-def workers_kept() -> Iterator[None]:
-    """Within it an idle worker of a `run_tasks` that lets it stays for the next one, with the libraries that
+def workers_kept(small: bool = True) -> Iterator[None]:
+    """Within it a worker that has nothing left to do stays for the next `run_tasks`, with the libraries that
     it has loaded: many small pools, one after another, then start as one.
+
+    small: whether what such a worker still holds of memory is no matter; if it is, none stays.
     """
     global _kept
-    if _kept is not None:
+    if _kept is not None or not small:
         yield
         return
     _kept = []
@@ -112,13 +114,10 @@ def workers_kept() -> Iterator[None]:
         _dismiss(idle)
 
 
-def run_tasks(
-    tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: Watcher, keep: bool = False
-) -> list[Outcome]:
+def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], watcher: Watcher) -> list[Outcome]:
     """Do every task on one process per slot and return the outcomes in order of ending.
 
-    slots: each worker's environment variables; keep: whether what workers still hold of memory is so little
-    that they may stay, within `workers_kept`. Interrupted (Ctrl-C), it ends its workers first.
+    slots: each worker's environment variables. Interrupted (Ctrl-C), it ends its workers first.
     """
     names = {task.name for task in tasks}
     pending = {task.name: replace(task, after=tuple(names & set(task.after))) for task in tasks}
@@ -147,7 +146,7 @@ def run_tasks(
             for index in _busy(workers):
                 workers[index] = _listen(workers[index], watcher, finish)
     finally:
-        _let_go([worker for worker in workers if worker], keep)
+        _let_go([worker for worker in workers if worker])
     return list(outcomes.values())
 
 
@@ -248,9 +247,9 @@ def _hire(slot: dict[str, str]) -> _Worker:
     return _start(slot)
 
 
-def _let_go(workers: list[_Worker], keep: bool) -> None:
+def _let_go(workers: list[_Worker]) -> None:
     """Keep the idle ones, if they are to be kept, and end the others."""
-    if keep and _kept is not None:
+    if _kept is not None:
         _kept.extend(worker for worker in workers if not worker.task)
         workers = [worker for worker in workers if worker.task]
     _dismiss(workers)

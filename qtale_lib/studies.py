@@ -95,7 +95,7 @@ class Study:
     def compute(self) -> list[Outcome]:
         """Compute what is missing; failures are among the outcomes."""
         self.borrow()
-        with workers_kept():
+        with workers_kept(self.labs[0].is_small()):
             return [outcome for lab, wanted in self.jobs() for outcome in lab.compute(wanted)]
 
     def missing(self) -> list[tuple[Lab, Job]]:

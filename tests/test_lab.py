@@ -175,7 +175,7 @@ def test_kept_workers_serve_pool_after_pool_and_are_gone_afterwards(tmp_path):
     noted = Task("it", note_process, (path,))
 
     def once(slot: dict[str, str], task: Task = noted) -> str:
-        (outcome,) = run_tasks([task], [slot], PlainWatcher([task], 1), keep=True)
+        (outcome,) = run_tasks([task], [slot], PlainWatcher([task], 1))
         return outcome.status
 
     with workers_kept():

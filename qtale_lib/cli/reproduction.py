@@ -103,7 +103,7 @@ def _compute(lab: Lab, jobs: list[Job], clock: Stopclock, address: str | None) -
 def _compute_studies(executions: Executions, books: list[Path], clock: Stopclock) -> list[Outcome]:
     """Those of the notebooks' studies that take minutes; for the others there is a command, study."""
     shown = {study.profile.name: study for book in books for study in executions.studies(book)}
-    with workers_kept():
+    with workers_kept(executions.lab.is_small()):
         outcomes = [outcome for study in shown.values() if study.is_small() for outcome in study.compute()]
     if outcomes:
         clock.lap("studies", f"{len(outcomes)} jobs; longer ones by `python -m qtale_lib study`")
